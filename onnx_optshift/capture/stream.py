@@ -1,0 +1,51 @@
+"""One streaming pass over the data: batches through the probe model, activations to a sink, nothing kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from onnx_optshift.calibration.source import Batch
+from onnx_optshift.capture.session import Session, as_tensor
+from onnx_optshift.geometry import Tap
+
+Sink = Callable[[Tap, Batch, torch.Tensor], None]
+
+
+def stream(
+    session: Session,
+    taps: Sequence[Tap],
+    batches: Iterable[Batch],
+    sink: Sink,
+    *,
+    overrides: Mapping[str, NDArray[np.generic]] | None = None,
+    done: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Runs each batch once and hands every tap's activation to `sink`, one batch alive at a time.
+
+    Args:
+        session: The probe model: every tapped value is one of its outputs or inputs.
+        taps: What to read. Taps on the same value share its activation.
+        batches: Calibration data.
+        sink: Called with (tap, batch, activation); it must not keep the activation, whose buffer may be reused.
+        overrides: Values of overridable initializers for this pass.
+        done: Called after each batch with its number of samples.
+
+    Raises:
+        InputError: ONNX Runtime cannot run the model on a batch.
+    """
+    values = list(dict.fromkeys(tap.value for tap in taps))
+    for batch in batches:
+        # A graph input that is read by a layer comes from the feeds: as an output it would alias the input, and
+        # ONNX Runtime overwrites such an output on the next run (onnxruntime issue 21922).
+        computed = [value for value in values if value not in batch.feeds]
+        activations = session.run_tensors({**batch.feeds, **(overrides or {})}, computed)
+        for value in values:
+            if value in batch.feeds:
+                activations[value] = as_tensor(batch.feeds[value]).to(session.device.solve)
+        for tap in taps:
+            sink(tap, batch, activations[tap.value])
+        done(len(batch.indices))

@@ -1,0 +1,234 @@
+"""Choosing what to write: one function a mode, each from trials to a decision.
+
+Settings are decided on `fit` statistics and judged on held-out data; the candidate that is written is solved again
+on `full` statistics, which cover all calibration samples. Where held-out data was given, both are the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_optshift.calibration.source import Samples
+from onnx_optshift.decide.draws import balanced_batch, batch_sizes
+from onnx_optshift.decide.gate import Gate, Judged, paired
+from onnx_optshift.decide.share import share_out
+from onnx_optshift.errors import InputError
+from onnx_optshift.layers import Arrays, Candidate, Layers
+from onnx_optshift.workbench import Workbench
+
+# Backing off halves the layer residual this often before layers are given up one group at a time.
+HALVINGS = 3
+# Trials that a search through groups of layers may cost; groups not reached keep their bytes.
+MOST_GROUP_TRIALS = 64
+# Layer residuals that `--tolerance auto` walks along before it refines.
+AUTO_PATH = tuple(float(f"{x:.4g}") for x in np.geomspace(0.003, 0.5, 12))
+# Seeded draws for each batch size of the stochastic form.
+DRAWS = 3
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What to write, and the promise that goes with it.
+
+    Attributes:
+        candidate: Shifts to write.
+        tolerance: Relative deviation of the model outputs that is promised on `covered`; 0 for exact.
+        covered: The samples that the promise covers.
+        rejected: Reasons, by initializer, for shifts that were found and not taken.
+        notes: Sentences for the report.
+    """
+
+    candidate: Candidate
+    tolerance: float
+    covered: Samples
+    rejected: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def exact(full: Layers, fit: Layers, gate: Gate | None, samples: Samples) -> Decision:
+    """The exact shift of every layer that the gate lets through."""
+    candidate = full.candidate(0.0)
+    moved = list(candidate.arrays)
+    if not moved or gate is None:
+        return Decision(candidate, 0.0, samples)
+    trial = fit.candidate(0.0, moved) if fit is not full else candidate
+    names, rejected = _groups(gate, moved, lambda group: trial.only(group).arrays, 0.0, "exact")
+    return Decision(candidate.only([*names, *_unmoved(candidate)]), 0.0, samples, rejected)
+
+
+def within(
+    tolerance: float, bench: Workbench, full: Layers, fit: Layers, gate: Gate | None, samples: Samples
+) -> Decision:
+    """The largest shift whose outputs stay within the tolerance, backed off as far as the gate demands."""
+    shared = share_out(bench, samples, full.candidate, tolerance)
+    candidate = shared.candidate
+    note = f"layer residual {candidate.tolerance:.3g} gives model deviation {shared.deviation:.3g}"
+    if gate is None:
+        return Decision(candidate, tolerance, samples, notes=(note,))
+    residual = candidate.tolerance
+    for halving in range(HALVINGS + 1):
+        trial = fit.candidate(residual) if fit is not full or halving else candidate
+        if not trial.arrays:
+            break
+        verdict, _ = gate.judge(trial.arrays, f"all layers at residual {residual:.3g}", residual)
+        if verdict.accepted:
+            chosen = candidate if halving == 0 else full.candidate(residual)
+            return Decision(chosen, tolerance, samples, notes=(note,))
+        residual /= 2
+    trial = fit.candidate(residual)
+    moved = list(trial.arrays)
+    names, rejected = _groups(
+        gate, moved, lambda group: trial.only(group).arrays, residual, f"at residual {residual:.3g}"
+    )
+    chosen = full.candidate(residual)
+    return Decision(chosen.only([*names, *_unmoved(chosen)]), tolerance, samples, rejected, (note,))
+
+
+def automatic(bench: Workbench, full: Layers, fit: Layers, gate: Gate | None, samples: Samples) -> Decision:
+    """The largest layer residual on the path that held-out data accepts.
+
+    Among the residuals that the gate lets through, the one of least loss is the best guess of where the data's
+    support ends; every residual whose paired loss is within one standard error of it is as good as far as the data
+    can tell, and the largest of those is taken (one-standard-error rule). A bisection towards the next residual on
+    the path refines it.
+
+    Raises:
+        InputError: There is no held-out data to decide on.
+    """
+    if gate is None:
+        raise InputError(
+            "--tolerance auto decides on held-out data, and there is none: give --heldout, or more calibration samples."
+        )
+    judged: dict[float, Judged] = {}
+
+    def accepted(residual: float) -> bool:
+        arrays = fit.candidate(residual).arrays
+        verdict, after = gate.judge(arrays, f"all layers at residual {residual:.3g}", residual)
+        if verdict.accepted:
+            judged[residual] = after
+        return verdict.accepted
+
+    refused_in_a_row = 0
+    for residual in AUTO_PATH:
+        refused_in_a_row = 0 if accepted(residual) else refused_in_a_row + 1
+        # Two in a row, because one may be noise.
+        if refused_in_a_row == 2:
+            break
+    if not judged:
+        return exact(full, fit, gate, samples)
+    chosen = _largest_as_good(judged, gate)
+    beyond = next((r for r in AUTO_PATH if r > chosen), None)
+    for _ in range(2):
+        if beyond is None:
+            break
+        middle = math.sqrt(chosen * beyond)
+        if accepted(middle) and _largest_as_good(judged, gate) >= middle:
+            chosen = middle
+        else:
+            beyond = middle
+    candidate = full.candidate(chosen)
+    deviation = bench.deviation(samples, candidate.arrays).largest_rel()
+    # The promise is the measured deviation, rounded up: the file's outputs are compared with it.
+    promise = float(f"{1.02 * deviation + 5e-8:.2e}")
+    return Decision(candidate, promise, samples, notes=(f"auto chose layer residual {chosen:.3g}",))
+
+
+def stochastic(
+    size: int,
+    bench: Workbench,
+    samples: Samples,
+    classes: NDArray[np.int64],
+    layers_for: Callable[[Samples], Layers],
+    gate: Gate | None,
+    seed: int,
+) -> Decision:
+    """Exact shifts on class-balanced batches; the gate picks one draw, or none.
+
+    Args:
+        size: B; 0 tries several sizes.
+        bench: The model.
+        samples: The samples to draw from.
+        classes: Class of each of them, from labels or from the model's own argmax, `[n]`.
+        layers_for: Captures a batch and gives its layers.
+        gate: Judges the draws; None takes the first.
+        seed: Of the draws.
+
+    Raises:
+        InputError: B is out of range.
+    """
+    present = len(np.unique(classes))
+    widest = max(weight.d for weight in bench.weights)
+    sizes = [size] if size else batch_sizes(present, len(samples), widest)
+    generator = np.random.default_rng(seed)
+    found: list[tuple[int, Candidate, Samples, Judged | None]] = []
+    for batch_size in sizes:
+        for draw in range(DRAWS):
+            batch = samples.select(balanced_batch(classes, batch_size, generator))
+            candidate = layers_for(batch).candidate(0.0)
+            if not candidate.arrays:
+                break
+            if gate is None:
+                return Decision(candidate, 0.0, batch, notes=(f"stochastic: first draw of {batch_size} samples",))
+            verdict, after = gate.judge(candidate.arrays, f"SOS, B = {batch_size}, draw {draw + 1}", 0.0)
+            if verdict.accepted:
+                found.append((batch_size, candidate, batch, after))
+    if not found:
+        unchanged = Candidate({}, 0.0)
+        return Decision(unchanged, 0.0, samples, dict.fromkeys(bench_names(bench), "the gate refused every draw"))
+    best = min(found, key=lambda entry: entry[3].score.loss if entry[3] else math.inf)
+    good = [entry for entry in found if entry[3] and best[3] and _as_good(entry[3], best[3])]
+    batch_size, candidate, batch, _ = min(good, key=lambda entry: (entry[0], entry[3].score.loss if entry[3] else 0.0))
+    note = f"stochastic: kept exactly on {batch_size} class-balanced samples"
+    return Decision(candidate, 0.0, batch, notes=(note,))
+
+
+def bench_names(bench: Workbench) -> list[str]:
+    """Names of the weights on a workbench."""
+    return [weight.name for weight in bench.weights]
+
+
+def _unmoved(candidate: Candidate) -> list[str]:
+    return [name for name, solved in candidate.solved.items() if not solved.moved]
+
+
+def _as_good(judged: Judged, best: Judged) -> bool:
+    mean, error = paired(judged.losses, best.losses)
+    return judged is best or mean <= error
+
+
+def _largest_as_good(judged: dict[float, Judged], gate: Gate) -> float:
+    if gate.loss.is_distance:  # the distance always grows with the residual; the gate has already bounded it
+        return max(judged)
+    best = min(judged.values(), key=lambda after: after.score.loss)
+    return max(residual for residual, after in judged.items() if _as_good(after, best))
+
+
+def _groups(
+    gate: Gate, names: Sequence[str], arrays_of: Callable[[Sequence[str]], Arrays], residual: float, how: str
+) -> tuple[list[str], dict[str, str]]:
+    """Layers that the gate accepts, found by halving refused groups; each is tried on top of those accepted before."""
+    accepted: list[str] = []
+    rejected: dict[str, str] = {}
+    groups: list[Sequence[str]] = [list(names)]
+    trials = 0
+    while groups:
+        group = groups.pop()
+        if trials >= MOST_GROUP_TRIALS:
+            rejected.update(dict.fromkeys(group, f"the gate's search ended after {MOST_GROUP_TRIALS} trials"))
+            continue
+        trials += 1
+        what = f"{how}: {group[0]}" if len(group) == 1 else f"{how}: {len(group)} layers from {group[0]}"
+        verdict, _ = gate.judge(arrays_of([*accepted, *group]), what, residual)
+        if verdict.accepted:
+            accepted += group
+        elif len(group) == 1:
+            rejected[group[0]] = f"gate: {verdict.reason}"
+        else:
+            middle = len(group) // 2
+            groups += [group[middle:], group[:middle]]
+    return accepted, rejected

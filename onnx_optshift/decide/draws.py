@@ -1,0 +1,54 @@
+"""Class-balanced batches for stochastic optimum shifting (arXiv 2405.14111, section 3): B samples, every class in it."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_optshift.errors import InputError
+
+
+def balanced_batch(classes: NDArray[np.int64], size: int, generator: np.random.Generator) -> NDArray[np.int64]:
+    """Draws sample numbers `[size]` class by class, round after round, so that every class is in it.
+
+    Args:
+        classes: Class of each sample `[n]`.
+        size: B, at least the number of distinct classes and at most n.
+        generator: Source of the draw.
+
+    Raises:
+        InputError: B is smaller than the number of classes, or larger than the number of samples.
+    """
+    present = np.unique(classes)
+    if size < len(present):
+        raise InputError(
+            f"--stochastic {size}: the calibration data has {len(present)} classes, and a batch must hold every one. "
+            f"Expected at least {len(present)}."
+        )
+    if size > len(classes):
+        raise InputError(
+            f"--stochastic {size}: there are only {len(classes)} samples to draw from. Expected at most that many; "
+            "give more calibration data, or leave --stochastic out for the exact shift on all of it."
+        )
+    order = generator.permutation(len(classes))
+    # Position of each sample among those of its class, in drawn order: taking the smallest positions first deals
+    # the classes out like cards, and classes that run out leave their turns to the others.
+    turn = np.empty(len(classes), dtype=np.int64)
+    for label in present:
+        members = order[classes[order] == label]
+        turn[members] = np.arange(len(members))
+    rank = np.lexsort((generator.permutation(len(classes)), turn))
+    return np.sort(rank[:size])
+
+
+def batch_sizes(classes: int, samples: int, widest: int) -> list[int]:
+    """Batch sizes to try when none is given: from the number of classes up to where the widest layer has full rank.
+
+    Args:
+        classes: Distinct classes present.
+        samples: Samples there are.
+        widest: Largest input width d of a layer.
+    """
+    top = max(classes, min(samples, widest - 1))
+    grid = np.unique(np.geomspace(classes, top, 5).round().astype(int))
+    return [int(size) for size in grid if classes <= size <= samples]

@@ -1,0 +1,129 @@
+"""The gate: a shift is kept only if data that it has not seen is served no worse.
+
+With labels the original and the shifted model are compared sample by sample: the mean of the paired differences of
+the loss may exceed zero by at most one standard error, and so may the loss of top-1 accuracy. A paired difference
+removes the spread between samples, so a real harm shows on few samples; one standard error keeps noise from deciding
+(the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, on differences). Below
+`FEW_SAMPLES` a standard error says little, and no increase beyond rounding is let through.
+
+Without labels only the distance to the original outputs is known; it may reach `UNLABELLED_DISTANCE`, or twice the
+tolerance that was granted on the calibration data if that is more.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_optshift.calibration.source import Samples
+from onnx_optshift.decide.loss import Loss, choose_loss
+from onnx_optshift.layers import Arrays
+from onnx_optshift.report.model import Score, Trial
+from onnx_optshift.workbench import Workbench
+
+FEW_SAMPLES = 30
+# Relative increase of the mean loss that counts as none: rounding in the outputs moves a loss by less.
+NO_INCREASE = 1e-4
+# One per cent: what users of converted models accept as "the same outputs" on data nobody promised anything about.
+UNLABELLED_DISTANCE = 0.01
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One model on the held-out data: per-sample losses `[n]`, and the share of each that is right (`[n]` or None)."""
+
+    losses: NDArray[np.float64]
+    right: NDArray[np.float64] | None
+
+    @property
+    def score(self) -> Score:
+        """Mean loss and top-1 accuracy."""
+        top1 = None if self.right is None else float(self.right.mean())
+        return Score(loss=float(self.losses.mean()), top1=top1, n=len(self.losses))
+
+
+class Gate:
+    """Judges trial weights on held-out data.
+
+    Args:
+        bench: Runs the models.
+        samples: Held-out data.
+        tolerance: Relative deviation granted on the calibration data; widens the distance allowed without labels.
+
+    Raises:
+        InputError: The labels fit no output of the model.
+    """
+
+    def __init__(self, bench: Workbench, samples: Samples, tolerance: float) -> None:
+        self._bench = bench
+        self._samples = samples
+        self.tried: list[Trial] = []
+        self.loss = self._loss()
+        self.allowed_distance = max(UNLABELLED_DISTANCE, 2 * tolerance)
+        self.before = self.run({})
+
+    def _loss(self) -> Loss:
+        batch, outputs = next(iter(self._bench.reference(self._samples)))
+        return choose_loss(outputs, self._samples.labels, len(batch.indices))
+
+    def run(self, arrays: Arrays) -> Judged:
+        """Losses of the model with these weights; of the original when there are none."""
+        losses, right = [], []
+        for batch, outputs, reference in self._bench.trial_outputs(self._samples, arrays):
+            batch_losses, batch_right = self.loss.per_sample(outputs, reference, batch.labels, len(batch.indices))
+            losses.append(batch_losses)
+            if batch_right is not None:
+                right.append(batch_right)
+        return Judged(np.concatenate(losses), np.concatenate(right) if right else None)
+
+    def judge(self, arrays: Arrays, what: str, tolerance: float) -> tuple[Trial, Judged]:
+        """Runs one candidate, compares it with the original, and records the trial.
+
+        Args:
+            arrays: Trial weights.
+            what: What was tried, for the report.
+            tolerance: Residual that each layer was allowed, for the report.
+        """
+        after = self.run(arrays)
+        mean, error = paired(after.losses, self.before.losses)
+        reason = self._objection(after, mean, error)
+        score = after.score
+        trial = Trial(
+            what=what,
+            tolerance=tolerance,
+            loss=score.loss,
+            top1=score.top1,
+            mean_difference=mean,
+            standard_error=error,
+            accepted=not reason,
+            reason=reason or "held-out data is served no worse",
+        )
+        self.tried.append(trial)
+        return trial, after
+
+    def _objection(self, after: Judged, mean: float, error: float) -> str:
+        if self.loss.is_distance:
+            distance = math.sqrt(max(float(after.losses.mean()), 0.0))
+            if distance <= self.allowed_distance:
+                return ""
+            return f"held-out outputs move by {distance:.2g}, allowed without labels is {self.allowed_distance:.2g}"
+        few = len(after.losses) < FEW_SAMPLES
+        slack = NO_INCREASE * abs(float(self.before.losses.mean()))
+        if not mean <= max(slack, 0.0 if few else error):
+            return f"held-out loss rises by {mean:.3g} (standard error {error:.2g})"
+        if after.right is not None and self.before.right is not None:
+            drop, drop_error = paired(self.before.right, after.right)
+            if drop > (0.0 if few else drop_error):
+                return f"held-out top-1 falls by {100 * drop:.2f} points (standard error {100 * drop_error:.2f})"
+        return ""
+
+
+def paired(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
+    """Mean of a - b over samples and its standard error, both `[n]`; the error of one sample is infinite."""
+    difference = a - b
+    if len(difference) < 2:
+        return float(difference.mean()), math.inf
+    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))

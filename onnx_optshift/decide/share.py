@@ -1,0 +1,79 @@
+"""Sharing a tolerance out: which residual each layer may have so that the MODEL outputs use the tolerance, and keep it.
+
+Every layer gets the same relative residual. Deviations of layers add up in a way that depends on the model, so nothing
+is assumed but that the outputs deviate more when the layers may: the layer residual is found by measuring the outputs
+(secant steps on log-log scale inside a bracket).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from onnx_optshift.calibration.source import Samples
+from onnx_optshift.layers import Candidate
+from onnx_optshift.workbench import Workbench
+
+# The search ends inside this share of the tolerance: used, and with room for the file's own rounding.
+AIM_LOW, AIM, AIM_HIGH = 0.85, 0.93, 0.99
+MOST_STEPS = 12
+# A bracket narrower than this ratio is not worth another measurement.
+NARROW = 1.02
+# A layer whose output may change by all of itself could as well be zero.
+MOST_RESIDUAL = 0.9
+
+
+@dataclass(frozen=True)
+class Shared:
+    """The outcome of a search.
+
+    Attributes:
+        candidate: Shifts at the layer residual that was found.
+        deviation: Measured relative deviation of the model outputs, the largest over outputs.
+        steps: Candidates measured.
+    """
+
+    candidate: Candidate
+    deviation: float
+    steps: int
+
+
+def share_out(
+    bench: Workbench, samples: Samples, candidate_at: Callable[[float], Candidate], tolerance: float
+) -> Shared:
+    """Finds the largest common layer residual at which the outputs stay within the tolerance.
+
+    Args:
+        bench: Measures deviations.
+        samples: All data that the promise covers.
+        candidate_at: Shifts at a given layer residual; at 0 the exact shift.
+        tolerance: Relative deviation that the model outputs may show.
+
+    Returns:
+        A candidate within the tolerance; the exact one when nothing more fits.
+    """
+    best = Shared(candidate_at(0.0), 0.0, 0)
+    too_far: float | None = None  # smallest residual known to leave the tolerance
+    residual = min(tolerance, MOST_RESIDUAL)
+    for step in range(1, MOST_STEPS + 1):
+        candidate = candidate_at(residual)
+        deviation = bench.deviation(samples, candidate.arrays).largest_rel()
+        if deviation <= AIM_HIGH * tolerance:
+            best = Shared(candidate, deviation, step)
+            if deviation >= AIM_LOW * tolerance or residual >= MOST_RESIDUAL:
+                break
+        else:
+            too_far = residual
+        within = best.candidate.tolerance
+        if too_far is not None and within > 0 and too_far / within < NARROW:
+            break
+        guess = residual * AIM * tolerance / deviation if deviation > 0 else MOST_RESIDUAL
+        if too_far is None:
+            residual = min(guess, MOST_RESIDUAL)
+        elif NARROW * within < guess < too_far / NARROW:
+            residual = guess
+        else:
+            # The secant step leaves the bracket: the outputs are far from proportional here. Bisect instead.
+            residual = math.sqrt(within * too_far) if within > 0 else too_far / 4
+    return best

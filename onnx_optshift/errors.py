@@ -1,0 +1,40 @@
+"""Errors a user can meet. Every message says what, where, expected and found, and what to do next.
+
+Imports nothing, so that any module may raise them.
+"""
+
+
+class OptShiftError(Exception):
+    """Base of every error this package raises on purpose; `exit_code` is the command line's status."""
+
+    exit_code = 2
+
+
+class InputError(OptShiftError):
+    """The model, the data or an option cannot be used. Nothing was written."""
+
+
+class DeviceError(OptShiftError):
+    """The device or execution provider that was asked for cannot be had. Nothing was written."""
+
+
+class ToleranceError(OptShiftError):
+    """The outputs left the tolerance and backing off did not help. Nothing was written."""
+
+    exit_code = 3
+
+
+def closest(name: str, candidates: list[str], limit: int = 3) -> str:
+    """A hint such as ` Close matches: 'a', 'b'.`, or an empty string when nothing is close.
+
+    Args:
+        name: What the user wrote.
+        candidates: The names that would have been accepted.
+        limit: How many matches at most.
+    """
+    import difflib  # only needed on the way to an error message
+
+    matches = difflib.get_close_matches(name, candidates, n=limit, cutoff=0.5)
+    folded = [c for c in candidates if name.casefold() in c.casefold() and c not in matches]
+    matches = (matches + folded)[:limit]
+    return f" Close matches: {', '.join(repr(m) for m in matches)}." if matches else ""

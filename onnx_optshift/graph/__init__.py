@@ -1,0 +1,1 @@
+"""ONNX knowledge: reading, finding, probing and patching models."""

@@ -1,0 +1,158 @@
+"""The layers of one model as equations: statistics of what flows in, and shifts computed from them.
+
+Joins the ONNX side (weights, taps) with the numerical side (moments, spectra, shifts); neither knows the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from onnx_optshift.geometry import Tap
+from onnx_optshift.graph.weights import Weight
+from onnx_optshift.solve.objective import solve_layer
+from onnx_optshift.solve.shift import Outcome, Shift
+from onnx_optshift.solve.spectrum import Spectrum, factor, relative_residual
+from onnx_optshift.stats.moments import InputMoments
+
+Arrays = dict[str, NDArray[np.generic]]
+Statistics = Mapping[Tap, InputMoments]
+
+# Half the distance from 1 to the next number: the largest relative error of rounding to the dtype.
+ROUNDING_UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One layer's shift, and what it becomes in the file.
+
+    Attributes:
+        shift: The solution in float64 and how it came about.
+        array: The initializer's new content in its own dtype and shape; None when its bytes stay.
+        residual: ||A(W - V)||_F / ||A V||_F of the rounded array; 0 when its bytes stay.
+    """
+
+    shift: Shift
+    array: NDArray[np.generic] | None
+    residual: float
+
+    @property
+    def moved(self) -> bool:
+        """Whether the initializer's bytes change."""
+        return self.array is not None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A set of shifts that could be written.
+
+    Attributes:
+        solved: By initializer name.
+        tolerance: The residual that each layer was allowed.
+    """
+
+    solved: Mapping[str, Solved]
+    tolerance: float
+
+    @property
+    def arrays(self) -> Arrays:
+        """New contents of the initializers that change."""
+        return {name: solved.array for name, solved in self.solved.items() if solved.array is not None}
+
+    def only(self, names: Iterable[str]) -> Candidate:
+        """The same shifts, but only of these initializers; the rest keep their bytes."""
+        chosen = set(names)
+        return Candidate({name: solved for name, solved in self.solved.items() if name in chosen}, self.tolerance)
+
+
+class Layers:
+    """All layers of a model with the statistics of their inputs.
+
+    One factorization serves every tolerance and objective, and every layer that reads the same input. It is made
+    when first needed and then kept, because the search for a tolerance comes back for it.
+
+    Args:
+        weights: The weights to be solved for.
+        statistics: Moments of every tap of those weights.
+        content: Reads an initializer by name.
+        device: The torch device of the solvers.
+        objective: Name in `solve.objective.OBJECTIVES`.
+    """
+
+    def __init__(
+        self,
+        weights: Iterable[Weight],
+        statistics: Statistics,
+        content: Callable[[str], NDArray[np.generic]],
+        *,
+        device: str = "cpu",
+        objective: str = "norm",
+    ) -> None:
+        self.weights = {weight.name: weight for weight in weights}
+        self.statistics = statistics
+        self._content = content
+        self._device = device
+        self._objective = objective
+        self._spectra: dict[frozenset[Tap], Spectrum] = {}
+
+    def matrix(self, weight: Weight) -> torch.Tensor:
+        """V `[g, d, m]` of a weight, float64 on the solvers' device."""
+        array = weight.form.to_matrix(self._content(weight.name)).astype(np.float64)
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+
+    def moments(self, weight: Weight) -> InputMoments:
+        """Moments of all rows that meet a weight: those of its uses, stacked."""
+        return reduce(lambda a, b: a.merge(b), (self.statistics[use.tap] for use in weight.uses))
+
+    def spectrum(self, weight: Weight) -> Spectrum:
+        """Factorization of the rows that meet a weight."""
+        # Uses of one weight at the same tap must count twice: the rows are stacked twice.
+        key = tuple(sorted((use.tap for use in weight.uses), key=repr))
+        if key not in self._spectra:
+            self._spectra[key] = factor(self.moments(weight))
+        return self._spectra[key]
+
+    def solve(self, weight: Weight, tolerance: float) -> Solved:
+        """The shift of one weight at a residual tolerance, rounded once to the initializer's dtype."""
+        moments = self.moments(weight)
+        matrix = self.matrix(weight)
+        if moments.nonfinite or not bool(torch.isfinite(matrix).all()):
+            outcome = Outcome.NONFINITE_ROWS if moments.nonfinite else Outcome.NONFINITE_WEIGHT
+            return Solved(Shift.unchanged(matrix, outcome), None, 0.0)
+        if moments.rows == 0:
+            return Solved(Shift.unchanged(matrix, Outcome.NO_ROWS), None, 0.0)
+        spectrum = self.spectrum(weight)
+        shift = solve_layer(
+            spectrum,
+            matrix,
+            objective=self._objective,
+            tolerance=tolerance,
+            rounding_unit=ROUNDING_UNIT[weight.dtype],
+        )
+        if shift.outcome is not Outcome.SHIFTED:
+            return Solved(shift, None, 0.0)
+        array = self.rounded(weight, shift.matrix)
+        written = torch.from_numpy(
+            np.ascontiguousarray(weight.form.to_matrix(array).astype(np.float64))
+        ).to(self._device)
+        return Solved(shift, array, relative_residual(spectrum, matrix, written))
+
+    def rounded(self, weight: Weight, matrix: torch.Tensor) -> NDArray[np.generic]:
+        """A matrix `[g, d, m]` as the initializer's content: its shape, its dtype, rounded to nearest once."""
+        original = self._content(weight.name)
+        return weight.form.from_matrix(matrix.cpu().numpy()).astype(original.dtype)
+
+    def candidate(self, tolerance: float, names: Iterable[str] | None = None) -> Candidate:
+        """Shifts of all weights, or of those named, at one residual tolerance per layer."""
+        chosen = self.weights if names is None else names
+        return Candidate({name: self.solve(self.weights[name], tolerance) for name in chosen}, tolerance)
+
+
+def merged(*parts: Statistics) -> dict[Tap, InputMoments]:
+    """Statistics of several disjoint parts of the data, as those of their union."""
+    return {tap: reduce(lambda a, b: a.merge(b), (part[tap] for part in parts)) for tap in parts[0]}

@@ -1,0 +1,287 @@
+"""THE page: discover, capture, solve, decide, write, verify, report. The only file that knows the order."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_optshift import data as arrangement
+from onnx_optshift.calibration.source import Samples
+from onnx_optshift.capture.session import Device, resolve_device
+from onnx_optshift.data import Data
+from onnx_optshift.decide import choose
+from onnx_optshift.decide.gate import Gate
+from onnx_optshift.errors import InputError
+from onnx_optshift.graph.discover import discover
+from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.graph.selection import Selection
+from onnx_optshift.graph.weights import Skip, Weight
+from onnx_optshift.layers import Layers, merged
+from onnx_optshift.publish import copy_model, publish
+from onnx_optshift.report.model import Report
+from onnx_optshift.report.progress import SILENT, Progress
+from onnx_optshift.reporting import Clock, Findings, build_report
+from onnx_optshift.settings import Settings
+from onnx_optshift.workbench import Workbench
+
+if TYPE_CHECKING:
+    import onnx
+
+# Random inputs must give every layer at least this many rows per input feature.
+SYNTHETIC_ROWS_PER_WIDTH = 2
+FEWEST_SYNTHETIC = 64
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished, verified run.
+
+    Attributes:
+        report: Everything that was found, decided and measured.
+        path: The verified model file: OUT, or a temporary file that lives as long as this object.
+    """
+
+    report: Report
+    path: Path
+    _keep: ExitStack
+
+    def save(self, path: str | Path) -> Path:
+        """Copies the verified file to `path`, by an atomic rename.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
+        return copy_model(self.path, Path(path))
+
+
+def shift(
+    model: str | Path | onnx.ModelProto,
+    calibration: object = None,
+    *,
+    heldout: object = None,
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> Result:
+    """Shifts a model's weights and proves that its outputs on the calibration data stayed.
+
+    Args:
+        model: Path of an ONNX file, or a ModelProto.
+        calibration: Calibration data: path, array by input name, reader, iterable of dicts, or a callable giving one;
+            or a list of paths. None looks beside the model, and makes random inputs when nothing is there.
+        heldout: Data that only judges, in the same forms; `"none"` switches the gate off. None splits some off.
+        progress: Where long passes report to.
+        **settings: Fields of `Settings`.
+
+    Returns:
+        The result; `result.save("out.onnx")` writes the file.
+
+    Raises:
+        InputError: The model, the data or a setting cannot be used.
+        DeviceError: The device cannot be had.
+        ToleranceError: The outputs left the tolerance and backing off did not help.
+    """
+    return run(model, None, _sources(calibration), _sources(heldout), Settings(**settings), progress)
+
+
+def run(
+    model: str | Path | onnx.ModelProto,
+    out: Path | None,
+    calibration: Sequence[object] | None,
+    heldout: Sequence[object] | None,
+    settings: Settings,
+    progress: Progress = SILENT,
+) -> Result:
+    """The whole pass; writes OUT unless it is None or the run is dry.
+
+    Args:
+        model: Path of an ONNX file, or a ModelProto.
+        out: Where the shifted model goes; None keeps it in a temporary file.
+        calibration: Sources of calibration data, or None.
+        heldout: Sources of held-out data, or None.
+        settings: All choices.
+        progress: Where long passes report to.
+
+    Raises:
+        InputError: The model, the data or a setting cannot be used.
+        DeviceError: The device cannot be had.
+        ToleranceError: The outputs left the tolerance and backing off did not help.
+    """
+    clock = Clock()
+    source, weights, skips, device = _open(model, settings)
+    with ExitStack() as stack:
+        target = out
+        if out is None or settings.dry_run:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="onnx-optshift-"))
+            target = Path(folder) / (source.path.name if source.path else "model.onnx")
+        assert target is not None
+        bench = _bench(source, weights, device, settings, progress)
+        prepared = _prepare(bench, calibration, heldout, settings)
+        findings = Findings(source, settings, device, tuple(weights), tuple(skips), prepared)
+        if weights and prepared is not None:
+            with clock("capture"):
+                full, fit = _capture(bench, prepared, settings)
+            with clock("solve"):
+                gate = _gate(bench, prepared, settings)
+                decision = _decide(bench, full, fit, gate, prepared, settings)
+            findings = replace(findings, layers=full, decision=decision, gate=gate)
+        with clock("verify"):
+            published = publish(
+                bench,
+                findings.decision,
+                findings.layers,
+                target,
+                external=settings.save_as_external_data,
+                seed=settings.seed,
+            )
+        report = build_report(findings, published, clock, out)
+        return Result(report, published.path, stack.pop_all())
+
+
+def inspect(
+    model: str | Path | onnx.ModelProto,
+    calibration: Sequence[object] | None,
+    settings: Settings,
+    progress: Progress = SILENT,
+) -> Report:
+    """Layers, the freedom that calibration data leaves them, and skips with reasons. Writes no model.
+
+    Args:
+        model: Path of an ONNX file, or a ModelProto.
+        calibration: Sources of calibration data; without any the layers are listed without rank.
+        settings: All choices.
+        progress: Where long passes report to.
+
+    Raises:
+        InputError: The model, the data or a setting cannot be used.
+    """
+    clock = Clock()
+    source, weights, skips, device = _open(model, settings)
+    bench = _bench(source, weights, device, settings, progress)
+    samples = arrangement.find_calibration(source, calibration, settings)
+    findings = Findings(source, settings, device, tuple(weights), tuple(skips), None)
+    if samples is not None and weights:
+        findings = replace(findings, data=Data(samples, samples, None, False))
+        with clock("capture"):
+            bench.plan(samples)
+            full = _layers(bench, bench.collect(samples), settings)
+        with clock("solve"):
+            decision = choose.exact(full, full, None, samples)
+        findings = replace(findings, layers=full, decision=decision)
+    return build_report(findings, None, clock, None)
+
+
+def _open(
+    model: str | Path | onnx.ModelProto, settings: Settings
+) -> tuple[ModelFile, list[Weight], list[Skip], Device]:
+    device = resolve_device(settings.device, settings.providers)
+    source = ModelFile.load(model)
+    selection = Selection(settings.nodes_to_include, settings.nodes_to_exclude, settings.op_types)
+    weights, skips = discover(source, selection)
+    return source, weights, skips, device
+
+
+def _bench(
+    source: ModelFile, weights: Sequence[Weight], device: Device, settings: Settings, progress: Progress
+) -> Workbench:
+    return Workbench(
+        source,
+        weights,
+        device,
+        batch_size=settings.batch_size,
+        max_memory=settings.max_memory,
+        custom_op_library=settings.custom_op_library,
+        progress=progress,
+    )
+
+
+def _prepare(
+    bench: Workbench, calibration: Sequence[object] | None, heldout: Sequence[object] | None, settings: Settings
+) -> Data | None:
+    """The data of the run; None when there is no weight to need any and none was given."""
+    samples = arrangement.find_calibration(bench.model, calibration, settings)
+    if samples is None:
+        if not bench.weights:
+            return None
+        one = arrangement.synthetic_calibration(bench.model, 1, settings)
+        rows = bench.rows_per_sample(one)
+        needed = max(-(-SYNTHETIC_ROWS_PER_WIDTH * tap.width // rows[tap]) for tap in bench.taps)
+        samples = arrangement.synthetic_calibration(bench.model, max(FEWEST_SYNTHETIC, needed), settings)
+    return arrangement.arrange(bench.model, samples, heldout, settings)
+
+
+def _capture(bench: Workbench, prepared: Data, settings: Settings) -> tuple[Layers, Layers]:
+    """Layers of all calibration data, and of the part that settings are tried on (the same when none was split off)."""
+    bench.plan(prepared.calibration, parts=2 if prepared.split else 1)
+    fit = bench.collect(prepared.fit)
+    if not prepared.split or prepared.judge is None:
+        layers = _layers(bench, fit, settings)
+        return layers, layers
+    rest = bench.collect(prepared.judge)
+    return _layers(bench, merged(fit, rest), settings), _layers(bench, fit, settings)
+
+
+def _layers(bench: Workbench, statistics: Any, settings: Settings) -> Layers:
+    return Layers(
+        bench.weights,
+        statistics,
+        bench.model.initializer,
+        device=bench.device.solve,
+        objective=settings.objective,
+    )
+
+
+def _gate(bench: Workbench, prepared: Data, settings: Settings) -> Gate | None:
+    if prepared.judge is None:
+        return None
+    return Gate(bench, prepared.judge, settings.tolerance if isinstance(settings.tolerance, float) else 0.0)
+
+
+def _decide(
+    bench: Workbench, full: Layers, fit: Layers, gate: Gate | None, prepared: Data, settings: Settings
+) -> choose.Decision:
+    if settings.stochastic is not None:
+
+        def layers_for(batch: Samples) -> Layers:
+            return _layers(bench, bench.collect(batch, "capture a draw"), settings)
+
+        samples = prepared.fit
+        classes = _classes(bench, samples)
+        return choose.stochastic(settings.stochastic, bench, samples, classes, layers_for, gate, settings.seed)
+    if settings.tolerance == "auto":
+        return choose.automatic(bench, full, fit, gate, prepared.calibration)
+    if settings.tolerance > 0:
+        return choose.within(settings.tolerance, bench, full, fit, gate, prepared.calibration)
+    return choose.exact(full, fit, gate, prepared.calibration)
+
+
+def _classes(bench: Workbench, samples: Samples) -> NDArray[np.int64]:
+    """Class of each sample: its label, or else the model's own argmax."""
+    if samples.labels is not None and np.issubdtype(samples.labels.dtype, np.integer):
+        return samples.labels.astype(np.int64)
+    found: list[NDArray[np.int64]] = []
+    for batch, outputs in bench.reference(samples):
+        count = len(batch.indices)
+        fitting = [v for v in outputs.values() if v.ndim >= 2 and v.shape[0] >= count and v[0].size >= 2]
+        if not fitting:
+            raise InputError(
+                "--stochastic draws class by class, and neither are there integer labels nor does the model have an "
+                "output [samples, classes] to take the argmax of. Give labels with the calibration data."
+            )
+        found.append(fitting[0].reshape(fitting[0].shape[0], -1)[:count].argmax(axis=1).astype(np.int64))
+    return np.concatenate(found)
+
+
+def _sources(given: object) -> list[object] | None:
+    """One source, or a list of paths as several; a list of dicts is one source."""
+    if given is None:
+        return None
+    if isinstance(given, (list, tuple)) and given and all(isinstance(item, (str, Path)) for item in given):
+        return list(given)
+    return [given]

@@ -1,0 +1,262 @@
+"""From findings to the report: every figure named, every skip with its reason, one sentence that says how it went."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from onnx_optshift.calibration.source import Samples
+from onnx_optshift.capture.session import Device, versions
+from onnx_optshift.data import Data
+from onnx_optshift.decide.choose import Decision
+from onnx_optshift.decide.gate import Gate
+from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.graph.weights import Skip, Weight
+from onnx_optshift.layers import Candidate, Layers, Solved
+from onnx_optshift.publish import Published
+from onnx_optshift.report.model import (
+    DataInfo,
+    DeviceInfo,
+    FrontierPoint,
+    HeldoutResult,
+    LayerReport,
+    ModelInfo,
+    Report,
+    Timing,
+    ToolInfo,
+    Verification,
+)
+from onnx_optshift.settings import Settings
+
+# The tolerances of the frontier: one factorization gives the norm and range at each.
+FRONTIER = (0.0, 0.003, 0.01, 0.03, 0.1, 0.2)
+
+
+@dataclass
+class Clock:
+    """Seconds spent by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Adds the time inside the block to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def timing(self) -> Timing:
+        """All stages, and the total since the clock was made."""
+        stages = {name: self.seconds.get(name, 0.0) for name in ("capture", "solve", "verify")}
+        return Timing(**stages, total=time.perf_counter() - self.started)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What a run knows before it writes.
+
+    Attributes:
+        model: The original.
+        settings: All choices.
+        device: What ran where.
+        weights: Weights that could be solved for.
+        skips: Weights that could not, with reasons.
+        data: The samples; None when none were needed.
+        layers: Statistics of all calibration samples; None before capture.
+        decision: What to write; None when nothing was solved.
+        gate: The held-out judge and its trials.
+        predicted_memory: Predicted peak in bytes, when capture was planned.
+    """
+
+    model: ModelFile
+    settings: Settings
+    device: Device
+    weights: tuple[Weight, ...]
+    skips: tuple[Skip, ...]
+    data: Data | None
+    layers: Layers | None = None
+    decision: Decision | None = None
+    gate: Gate | None = None
+    predicted_memory: int | None = None
+
+
+def build_report(findings: Findings, published: Published | None, clock: Clock, out: Path | None) -> Report:
+    """Puts the report of a run together; without a published file it is that of an inspection."""
+    candidate = published.candidate if published else (findings.decision.candidate if findings.decision else None)
+    layers = [_layer(weight, findings, published, candidate) for weight in findings.weights]
+    layers += [_skipped(skip) for skip in findings.skips]
+    proof = published.verification if published else None
+    data = findings.data
+    runtime, torch_version = versions()
+    source = findings.model
+    return Report(
+        tool=ToolInfo(
+            version=metadata.version("onnx-optshift"),
+            python=platform.python_version(),
+            onnx=metadata.version("onnx"),
+            onnxruntime=runtime,
+            torch=torch_version,
+            numpy=metadata.version("numpy"),
+        ),
+        model=ModelInfo(
+            input=str(source.path) if source.path else "ModelProto",
+            output=str(out) if out and not findings.settings.dry_run else None,
+            sha256_in=source.sha256,
+            sha256_out=published.sha256 if published else None,
+            opset=source.opset,
+            ir_version=source.ir_version,
+        ),
+        settings={f.name: getattr(findings.settings, f.name) for f in dataclass_fields(findings.settings)},
+        device=DeviceInfo(
+            requested=findings.device.requested,
+            capture=findings.device.capture,
+            solve=findings.device.solve,
+            note=findings.device.note,
+        ),
+        calibration=_data_info(data.calibration, split=False) if data else None,
+        heldout=_data_info(data.judge, split=data.split) if data and data.judge is not None else None,
+        layers=tuple(layers),
+        verification=proof,
+        heldout_result=_heldout(findings, candidate) if published else None,
+        timing=clock.timing(),
+        peak_memory_bytes=peak_memory(),
+        warnings=data.warnings if data else (),
+        summary=_summary(findings, published, layers),
+    )
+
+
+def peak_memory() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
+
+
+def _data_info(samples: Samples, *, split: bool) -> DataInfo:
+    return DataInfo(
+        source=samples.source,
+        samples=len(samples),
+        synthetic=samples.synthetic,
+        classes=samples.classes,
+        fingerprint=samples.fingerprint,
+        notes=tuple(samples.notes),
+        split=split,
+    )
+
+
+def _layer(
+    weight: Weight, findings: Findings, published: Published | None, candidate: Candidate | None
+) -> LayerReport:
+    decision, layers = findings.decision, findings.layers
+    common: dict[str, Any] = {
+        "name": weight.name,
+        "node": weight.uses[0].node,
+        "op_type": weight.uses[0].op_type,
+        "weight": weight.name,
+        "d": weight.d,
+        "m": weight.m,
+        "groups": weight.groups,
+        "dtype": weight.dtype,
+        "uses": tuple(use.node for use in weight.uses),
+    }
+    if layers is None or decision is None or candidate is None:
+        return LayerReport(**common, status="unchanged", reason="no calibration data was given")
+    start = time.perf_counter()
+    solved = candidate.solved.get(weight.name) or layers.solve(weight, decision.candidate.tolerance)
+    moved = weight.name in candidate.arrays
+    status, reason = _status(weight.name, solved, moved, findings, published)
+    shift = solved.shift
+    return LayerReport(
+        **common,
+        rows=layers.moments(weight).rows,
+        rank=shift.rank,
+        status=status,
+        reason=reason,
+        tolerance=candidate.tolerance if moved else None,
+        norm_before=shift.norm_before,
+        norm_after=shift.norm_after if moved or published is None else shift.norm_before,
+        range_before=shift.range_before,
+        range_after=shift.range_after if moved or published is None else shift.range_before,
+        predicted_residual=shift.predicted_residual if moved else 0.0,
+        measured_residual=solved.residual if moved else 0.0,
+        frontier=tuple(FrontierPoint(*point) for point in layers.frontier(weight, FRONTIER)),
+        seconds=time.perf_counter() - start,
+    )
+
+
+def _status(
+    name: str, solved: Solved, moved: bool, findings: Findings, published: Published | None
+) -> tuple[str, str]:
+    if published is None and solved.moved:
+        return "unchanged", "inspection: this layer could be shifted"
+    if moved:
+        return "shifted", solved.shift.outcome.value
+    if published is not None and name in published.reverted:
+        return "rejected", "put back: the outputs left the tolerance"
+    assert findings.decision is not None
+    if name in findings.decision.rejected:
+        return "rejected", findings.decision.rejected[name]
+    return "unchanged", solved.shift.outcome.value
+
+
+def _skipped(skip: Skip) -> LayerReport:
+    return LayerReport(
+        name=skip.weight or skip.node,
+        node=skip.node,
+        op_type=skip.op_type,
+        weight=skip.weight,
+        status="skipped",
+        reason=skip.reason,
+    )
+
+
+def _heldout(findings: Findings, candidate: Candidate | None) -> HeldoutResult | None:
+    gate = findings.gate
+    if gate is None or candidate is None:
+        return None
+    arrays = candidate.arrays
+    after = gate.run(arrays).score if arrays else gate.before.score
+    return HeldoutResult(
+        before=gate.before.score,
+        after=after,
+        accepted=bool(arrays),
+        loss_name=gate.loss.name,
+        tried=tuple(gate.tried),
+    )
+
+
+def _summary(findings: Findings, published: Published | None, layers: list[LayerReport]) -> str:
+    candidates = [layer for layer in layers if layer.status != "skipped"]
+    shifted = [layer for layer in candidates if layer.status == "shifted"]
+    if published is None:
+        free = [layer for layer in candidates if layer.rank is not None and layer.d and layer.rank < layer.d]
+        return f"{len(candidates)} layers, {len(free)} with freedom, {len(layers) - len(candidates)} skipped."
+    if not candidates:
+        return "Nothing to do: the model has no linear layer that can be shifted. It was written unchanged."
+    if not shifted:
+        rejected = [layer for layer in candidates if layer.status == "rejected"]
+        why = (
+            "the held-out gate refused every shift" if rejected else "every layer's equation has only one solution left"
+        )
+        return f"Nothing to gain: {why}. The model was written unchanged."
+    return f"{len(shifted)} of {len(candidates)} layers shifted; {_proved(published.verification)}."
+
+
+def _proved(proof: Verification | None) -> str:
+    if proof is None or not proof.outputs:
+        return "no output was compared"
+    worst = max(proof.outputs, key=lambda output: output.rel)
+    floor = proof.noise_floor.rel
+    times = f", {worst.rel / floor:.1f}x the noise floor" if floor else ""
+    return f"outputs deviate by {worst.rel:.2g} (relative{times}; allowed {worst.bound:.2g})"

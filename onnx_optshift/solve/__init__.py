@@ -1,0 +1,1 @@
+"""Solvers for the equation A W = A V."""

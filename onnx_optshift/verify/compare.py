@@ -1,0 +1,125 @@
+"""Comparing a model's outputs with reference outputs, sample by sample, streaming.
+
+Definitions, for an output y and its reference r, both read as float64:
+
+* `max_abs`: the largest |y - r|.
+* `max_rel`: the largest, over samples, of (largest |y - r| in the sample) / (largest |r| in the sample).
+* `rel`: ||y - r||_F / ||r||_F over all samples. Tolerances are stated in this.
+
+A value that is NaN or infinite must be so in both; otherwise the deviation is infinite. Outputs that are not numbers
+(strings) count as 0 where equal and 1 where not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far one output is from its reference, in the measures that this module defines.
+
+    Attributes:
+        max_abs: Largest absolute difference, in the output's own unit.
+        max_rel: Largest relative difference of a sample, dimensionless.
+        rel: Relative Frobenius difference over all samples, dimensionless.
+        top1_agreement: Share of rows with the same argmax over the last axis; None where there is none to take.
+        samples: Samples compared.
+    """
+
+    max_abs: float
+    max_rel: float
+    rel: float
+    top1_agreement: float | None
+    samples: int
+
+
+@dataclass
+class OutputDifference:
+    """Accumulates the deviation of one output over batches."""
+
+    max_abs: float = 0.0
+    max_rel: float = 0.0
+    squared_difference: float = 0.0
+    squared_reference: float = 0.0
+    agreeing: int = 0
+    ranked: int = 0
+    samples: int = 0
+
+    def update(self, value: NDArray[Any], reference: NDArray[Any], samples: int) -> None:
+        """Adds one batch.
+
+        Args:
+            value: The output `[samples, ...]` (or any shape: then it is one sample).
+            reference: What it should be, same shape.
+            samples: Samples in the batch.
+        """
+        self.samples += samples
+        if value.shape != reference.shape:
+            self.max_abs = self.max_rel = self.squared_difference = math.inf
+            return
+        y, r = _numbers(value, reference)
+        with np.errstate(invalid="ignore", over="ignore"):
+            difference = np.where((y == r) | (np.isnan(y) & np.isnan(r)), 0.0, np.abs(y - r))
+        difference = np.where(np.isnan(difference), np.inf, difference)
+        finite = np.where(np.isfinite(r), r, 0.0)
+        if difference.size == 0:
+            return
+        rows = samples if r.ndim > 0 and r.shape[0] == samples else 1
+        worst = difference.reshape(rows, -1).max(axis=1)
+        scale = np.abs(finite).reshape(rows, -1).max(axis=1)
+        relative = np.divide(worst, scale, out=np.where(worst > 0, np.inf, 0.0), where=scale > 0)
+        self.max_abs = max(self.max_abs, float(worst.max()))
+        self.max_rel = max(self.max_rel, float(relative.max()))
+        self.squared_difference += float(np.square(difference).sum())
+        self.squared_reference += float(np.square(finite).sum())
+        if r.ndim >= 2 and r.shape[-1] >= 2 and np.issubdtype(reference.dtype, np.floating):
+            same = y.argmax(axis=-1) == r.argmax(axis=-1)
+            self.agreeing += int(same.sum())
+            self.ranked += same.size
+
+    def result(self) -> Deviation:
+        """The deviation over everything added so far."""
+        if self.squared_reference > 0:
+            rel = math.sqrt(self.squared_difference / self.squared_reference)
+        else:
+            rel = math.inf if self.squared_difference > 0 else 0.0
+        agreement = self.agreeing / self.ranked if self.ranked else None
+        return Deviation(self.max_abs, self.max_rel, rel, agreement, self.samples)
+
+
+@dataclass
+class OutputsDifference:
+    """Accumulates the deviation of every output of a model over batches."""
+
+    outputs: dict[str, OutputDifference] = field(default_factory=dict)
+
+    def update(self, values: Mapping[str, NDArray[Any]], references: Mapping[str, NDArray[Any]], samples: int) -> None:
+        """Adds one batch of outputs; an output that only one side has deviates infinitely."""
+        for name in {**references, **values}:
+            entry = self.outputs.setdefault(name, OutputDifference())
+            if name in values and name in references:
+                entry.update(values[name], references[name], samples)
+            else:
+                entry.max_abs = entry.max_rel = entry.squared_difference = math.inf
+
+    def results(self) -> dict[str, Deviation]:
+        """Deviation by output name."""
+        return {name: entry.result() for name, entry in self.outputs.items()}
+
+    def largest_rel(self) -> float:
+        """The largest `rel` of any output: what a tolerance is compared with. Infinite when nothing was compared."""
+        return max((d.rel for d in self.results().values()), default=math.inf)
+
+
+def _numbers(value: NDArray[Any], reference: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    numeric = all(np.issubdtype(a.dtype, np.number) or a.dtype == np.bool_ for a in (value, reference))
+    if numeric:
+        return value.astype(np.float64), reference.astype(np.float64)
+    return (value != reference).astype(np.float64), np.zeros(reference.shape)
