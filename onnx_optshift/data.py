@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-
-from onnx_optshift.calibration.source import InputSpec, Samples, beside, limit, load, split
+from onnx_optshift.calibration.load import beside, load
+from onnx_optshift.calibration.source import InputSpec, Samples
+from onnx_optshift.calibration.split import limit, split
 from onnx_optshift.calibration.synthetic import synthetic
-from onnx_optshift.errors import InputError
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.settings import Settings
 
@@ -71,9 +71,7 @@ def synthetic_calibration(model: ModelFile, samples: int, settings: Settings) ->
     return synthetic(input_specs(model), samples, settings.seed)
 
 
-def arrange(
-    model: ModelFile, calibration: Samples, heldout: Sequence[object] | None, settings: Settings
-) -> Data:
+def arrange(model: ModelFile, calibration: Samples, heldout: Sequence[object] | None, settings: Settings) -> Data:
     """Decides which samples fit and which judge.
 
     Args:
@@ -104,8 +102,4 @@ def arrange(
         )
         return Data(calibration, calibration, None, False, tuple(warnings))
     fit, judge_indices = split(calibration, settings.heldout_fraction, settings.seed)
-    return Data(
-        calibration, calibration.select(fit), calibration.select(judge_indices), True, tuple(warnings)
-    )
-
-
+    return Data(calibration, calibration.select(fit), calibration.select(judge_indices), True, tuple(warnings))

@@ -5,8 +5,8 @@ Joins the ONNX side (weights, taps) with the numerical side (moments, spectra, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import numpy as np
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
+from onnx_optshift.solve.error_ball import BallPath
 from onnx_optshift.solve.objective import solve_layer
 from onnx_optshift.solve.shift import Outcome, Shift
 from onnx_optshift.solve.spectrum import Spectrum, factor, relative_residual
@@ -32,7 +33,7 @@ class Solved:
     """One layer's shift, and what it becomes in the file.
 
     Attributes:
-        shift: The solution in float64 and how it came about.
+        shift: How the solution came about; its matrix is dropped, `array` is what remains of it.
         array: The initializer's new content in its own dtype and shape; None when its bytes stay.
         residual: ||A(W - V)||_F / ||A V||_F of the rounded array; 0 when its bytes stay.
     """
@@ -98,7 +99,7 @@ class Layers:
         self._content = content
         self._device = device
         self._objective = objective
-        self._spectra: dict[frozenset[Tap], Spectrum] = {}
+        self._spectra: dict[tuple[Tap, ...], Spectrum] = {}
 
     def matrix(self, weight: Weight) -> torch.Tensor:
         """V `[g, d, m]` of a weight, float64 on the solvers' device."""
@@ -123,9 +124,9 @@ class Layers:
         matrix = self.matrix(weight)
         if moments.nonfinite or not bool(torch.isfinite(matrix).all()):
             outcome = Outcome.NONFINITE_ROWS if moments.nonfinite else Outcome.NONFINITE_WEIGHT
-            return Solved(Shift.unchanged(matrix, outcome), None, 0.0)
+            return _unmoved(Shift.unchanged(matrix, outcome))
         if moments.rows == 0:
-            return Solved(Shift.unchanged(matrix, Outcome.NO_ROWS), None, 0.0)
+            return _unmoved(Shift.unchanged(matrix, Outcome.NO_ROWS))
         spectrum = self.spectrum(weight)
         shift = solve_layer(
             spectrum,
@@ -134,13 +135,23 @@ class Layers:
             tolerance=tolerance,
             rounding_unit=ROUNDING_UNIT[weight.dtype],
         )
-        if shift.outcome is not Outcome.SHIFTED:
-            return Solved(shift, None, 0.0)
+        if not shift.outcome.moved:
+            return _unmoved(shift)
         array = self.rounded(weight, shift.matrix)
-        written = torch.from_numpy(
-            np.ascontiguousarray(weight.form.to_matrix(array).astype(np.float64))
-        ).to(self._device)
-        return Solved(shift, array, relative_residual(spectrum, matrix, written))
+        written = torch.from_numpy(np.ascontiguousarray(weight.form.to_matrix(array).astype(np.float64))).to(
+            self._device
+        )
+        # The solution in float64 has done its work; a model's worth of them would be twice its size.
+        compact = replace(shift, matrix=shift.matrix.new_empty(0))
+        return Solved(compact, array, relative_residual(spectrum, matrix, written))
+
+    def frontier(self, weight: Weight, tolerances: Sequence[float]) -> list[tuple[float, float, float]]:
+        """(tolerance, norm ratio, range ratio) of the norm objective, from the one factorization; [] without rows."""
+        moments = self.moments(weight)
+        if moments.nonfinite or moments.rows == 0:
+            return []
+        path = BallPath(self.spectrum(weight), self.matrix(weight), ROUNDING_UNIT[weight.dtype])
+        return path.frontier(tolerances)
 
     def rounded(self, weight: Weight, matrix: torch.Tensor) -> NDArray[np.generic]:
         """A matrix `[g, d, m]` as the initializer's content: its shape, its dtype, rounded to nearest once."""
@@ -151,6 +162,10 @@ class Layers:
         """Shifts of all weights, or of those named, at one residual tolerance per layer."""
         chosen = self.weights if names is None else names
         return Candidate({name: self.solve(self.weights[name], tolerance) for name in chosen}, tolerance)
+
+
+def _unmoved(shift: Shift) -> Solved:
+    return Solved(replace(shift, matrix=shift.matrix.new_empty(0)), None, 0.0)
 
 
 def merged(*parts: Statistics) -> dict[Tap, InputMoments]:

@@ -14,22 +14,17 @@ from numpy.typing import NDArray
 
 from onnx_optshift import data as arrangement
 from onnx_optshift.calibration.source import Samples
-from onnx_optshift.capture.session import Device, resolve_device
 from onnx_optshift.data import Data
 from onnx_optshift.decide import choose
 from onnx_optshift.decide.gate import Gate
 from onnx_optshift.errors import InputError
-from onnx_optshift.graph.discover import discover
-from onnx_optshift.graph.modelfile import ModelFile
-from onnx_optshift.graph.selection import Selection
-from onnx_optshift.graph.weights import Skip, Weight
 from onnx_optshift.layers import Layers, merged
 from onnx_optshift.publish import copy_model, publish
 from onnx_optshift.report.model import Report
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.reporting import Clock, Findings, build_report
 from onnx_optshift.settings import Settings
-from onnx_optshift.workbench import Workbench
+from onnx_optshift.workbench import Workbench, open_model, open_workbench
 
 if TYPE_CHECKING:
     import onnx
@@ -114,16 +109,16 @@ def run(
         ToleranceError: The outputs left the tolerance and backing off did not help.
     """
     clock = Clock()
-    source, weights, skips, device = _open(model, settings)
+    source, weights, skips = open_model(model, settings)
     with ExitStack() as stack:
         target = out
         if out is None or settings.dry_run:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="onnx-optshift-"))
             target = Path(folder) / (source.path.name if source.path else "model.onnx")
         assert target is not None
-        bench = _bench(source, weights, device, settings, progress)
+        bench = open_workbench(source, weights, settings, progress)
         prepared = _prepare(bench, calibration, heldout, settings)
-        findings = Findings(source, settings, device, tuple(weights), tuple(skips), prepared)
+        findings = Findings(source, settings, bench.device, tuple(weights), tuple(skips), prepared)
         if weights and prepared is not None:
             with clock("capture"):
                 full, fit = _capture(bench, prepared, settings)
@@ -162,10 +157,10 @@ def inspect(
         InputError: The model, the data or a setting cannot be used.
     """
     clock = Clock()
-    source, weights, skips, device = _open(model, settings)
-    bench = _bench(source, weights, device, settings, progress)
+    source, weights, skips = open_model(model, settings)
+    bench = open_workbench(source, weights, settings, progress)
     samples = arrangement.find_calibration(source, calibration, settings)
-    findings = Findings(source, settings, device, tuple(weights), tuple(skips), None)
+    findings = Findings(source, settings, bench.device, tuple(weights), tuple(skips), None)
     if samples is not None and weights:
         findings = replace(findings, data=Data(samples, samples, None, False))
         with clock("capture"):
@@ -177,37 +172,13 @@ def inspect(
     return build_report(findings, None, clock, None)
 
 
-def _open(
-    model: str | Path | onnx.ModelProto, settings: Settings
-) -> tuple[ModelFile, list[Weight], list[Skip], Device]:
-    device = resolve_device(settings.device, settings.providers)
-    source = ModelFile.load(model)
-    selection = Selection(settings.nodes_to_include, settings.nodes_to_exclude, settings.op_types)
-    weights, skips = discover(source, selection)
-    return source, weights, skips, device
-
-
-def _bench(
-    source: ModelFile, weights: Sequence[Weight], device: Device, settings: Settings, progress: Progress
-) -> Workbench:
-    return Workbench(
-        source,
-        weights,
-        device,
-        batch_size=settings.batch_size,
-        max_memory=settings.max_memory,
-        custom_op_library=settings.custom_op_library,
-        progress=progress,
-    )
-
-
 def _prepare(
     bench: Workbench, calibration: Sequence[object] | None, heldout: Sequence[object] | None, settings: Settings
 ) -> Data | None:
     """The data of the run; None when there is no weight to need any and none was given."""
     samples = arrangement.find_calibration(bench.model, calibration, settings)
     if samples is None:
-        if not bench.weights:
+        if not bench.weights or not bench.model.inputs:
             return None
         one = arrangement.synthetic_calibration(bench.model, 1, settings)
         rows = bench.rows_per_sample(one)
@@ -262,7 +233,11 @@ def _decide(
 
 
 def _classes(bench: Workbench, samples: Samples) -> NDArray[np.int64]:
-    """Class of each sample: its label, or else the model's own argmax."""
+    """Class of each sample `[n]`: its label, or else the model's own argmax.
+
+    Raises:
+        InputError: There is neither.
+    """
     if samples.labels is not None and np.issubdtype(samples.labels.dtype, np.integer):
         return samples.labels.astype(np.int64)
     found: list[NDArray[np.int64]] = []

@@ -78,7 +78,7 @@ def noise_floor(bench: Workbench, samples: Samples, arrays: Mapping[str, NDArray
             f"than {MOST_NOISE}: its outputs are random or chaotic, and equality cannot be shown. Remove random "
             "operators (Dropout in training mode, RandomNormal, Multinomial), or give other calibration data."
         )
-    unit = {name: ROUNDING_UNIT["float32"] for name in names}
+    unit = dict.fromkeys(names, ROUNDING_UNIT["float32"])
     everything = {name: [*noise[name], *([rounding[name]] if rounding else [])] for name in names}
     return Floor(
         {name: max([d.max_rel for d in everything[name]] + [unit[name]]) for name in names},

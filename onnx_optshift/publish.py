@@ -67,9 +67,7 @@ def publish(
         try:
             unchanged_outside(bench.model, written.temp_path, arrays)
             difference = bench.deviation(decision.covered, {}, bench.session(written.temp_path))
-            proof = verification(
-                difference.results(), floor, decision.tolerance, attempts=attempt, reverted=reverted
-            )
+            proof = verification(difference.results(), floor, decision.tolerance, attempts=attempt, reverted=reverted)
             if proof.passed:
                 sha256 = _sha256(written.temp_path)
                 written.commit()

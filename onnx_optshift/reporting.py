@@ -155,9 +155,7 @@ def _data_info(samples: Samples, *, split: bool) -> DataInfo:
     )
 
 
-def _layer(
-    weight: Weight, findings: Findings, published: Published | None, candidate: Candidate | None
-) -> LayerReport:
+def _layer(weight: Weight, findings: Findings, published: Published | None, candidate: Candidate | None) -> LayerReport:
     decision, layers = findings.decision, findings.layers
     common: dict[str, Any] = {
         "name": weight.name,
@@ -195,9 +193,7 @@ def _layer(
     )
 
 
-def _status(
-    name: str, solved: Solved, moved: bool, findings: Findings, published: Published | None
-) -> tuple[str, str]:
+def _status(name: str, solved: Solved, moved: bool, findings: Findings, published: Published | None) -> tuple[str, str]:
     if published is None and solved.moved:
         return "unchanged", "inspection: this layer could be shifted"
     if moved:

@@ -9,25 +9,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from onnx_optshift.calibration.source import Batch, Samples
-from onnx_optshift.capture.session import Device, Session
+from onnx_optshift.capture.session import Device, Session, resolve_device
 from onnx_optshift.capture.stream import stream
 from onnx_optshift.errors import InputError
 from onnx_optshift.geometry import Tap
+from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.probes import probe_model
-from onnx_optshift.graph.weights import Weight
+from onnx_optshift.graph.selection import Selection
+from onnx_optshift.graph.weights import Skip, Weight
 from onnx_optshift.layers import Arrays, Statistics
 from onnx_optshift.report.progress import SILENT, Progress
+from onnx_optshift.settings import Settings
 from onnx_optshift.stats.moments import InputMoments
-from onnx_optshift.stats.rows import observe, row_count
+from onnx_optshift.stats.rows import observe
 from onnx_optshift.verify.compare import OutputsDifference
+
+if TYPE_CHECKING:
+    import onnx
 
 Outputs = dict[str, NDArray[Any]]
 
@@ -166,7 +172,9 @@ class Workbench:
         def measure(tap: Tap, batch: Batch, activation: torch.Tensor) -> None:
             samples_run = len(batch.indices) + batch.padding
             sizes[tap.value] = activation.nbytes // samples_run
-            rows[tap] = max(1, row_count(activation, tap) // samples_run)
+            moments = InputMoments(tap.groups, tap.width, self.device.solve)
+            observe(moments, tap, activation)
+            rows[tap] = max(1, moments.rows // samples_run)
 
         first = samples.select(np.arange(1))
         stream(self._capture_session(), self.taps, first.batches(1), measure)
@@ -227,6 +235,37 @@ class Workbench:
 
     def _capture_session(self) -> Session:
         return self.session(probe_model(self.model, list(dict.fromkeys(tap.value for tap in self.taps))))
+
+
+def open_model(source: str | Path | onnx.ModelProto, settings: Settings) -> tuple[ModelFile, list[Weight], list[Skip]]:
+    """Loads a model and finds its weights, and what is left alone with the reason.
+
+    Raises:
+        InputError: The model cannot be used, or a pattern matches nothing.
+    """
+    model = ModelFile.load(source)
+    selection = Selection(settings.nodes_to_include, settings.nodes_to_exclude, settings.op_types)
+    weights, skips = discover(model, selection)
+    return model, weights, skips
+
+
+def open_workbench(
+    model: ModelFile, weights: Sequence[Weight], settings: Settings, progress: Progress = SILENT
+) -> Workbench:
+    """A workbench as the settings say.
+
+    Raises:
+        DeviceError: The device cannot be had.
+    """
+    return Workbench(
+        model,
+        weights,
+        resolve_device(settings.device, settings.providers),
+        batch_size=settings.batch_size,
+        max_memory=settings.max_memory,
+        custom_op_library=settings.custom_op_library,
+        progress=progress,
+    )
 
 
 def _free_memory() -> int:

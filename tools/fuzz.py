@@ -161,7 +161,7 @@ def judge(answer: list[object] | str, folder: Path, scratch: Path, before: dict[
         elif code and not output.strip():
             yield "no message", f"exit {code}"
         if unloadable:
-            yield "output does not load", unloadable[:200]
+            yield "output does not load", " ".join(unloadable.split())[:200]
         if code == 0:
             after.pop("out.onnx", None)
     temporary = {p.name for p in scratch.iterdir()} - RUNTIME_FILES

@@ -1,4 +1,4 @@
-"""Class-balanced batches for stochastic optimum shifting (arXiv 2405.14111, section 3): B samples, every class in it."""
+"""Class-balanced batches for stochastic optimum shifting (arXiv 2405.14111): B samples, every class among them."""
 
 from __future__ import annotations
 

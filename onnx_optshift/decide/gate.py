@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_optshift.calibration.source import Samples
+from onnx_optshift.calibration.source import Batch, Samples
 from onnx_optshift.decide.loss import Loss, choose_loss
 from onnx_optshift.layers import Arrays
 from onnx_optshift.report.model import Score, Trial
@@ -67,13 +67,15 @@ class Gate:
 
     def _loss(self) -> Loss:
         batch, outputs = next(iter(self._bench.reference(self._samples)))
-        return choose_loss(outputs, self._samples.labels, len(batch.indices))
+        labels = batch.labels if self._samples.labels is None else self._samples.labels
+        return choose_loss(outputs, labels, _rows(batch))
 
     def run(self, arrays: Arrays) -> Judged:
         """Losses of the model with these weights; of the original when there are none."""
         losses, right = [], []
         for batch, outputs, reference in self._bench.trial_outputs(self._samples, arrays):
-            batch_losses, batch_right = self.loss.per_sample(outputs, reference, batch.labels, len(batch.indices))
+            rows = _rows(batch)
+            batch_losses, batch_right = self.loss.per_sample(outputs, reference, batch.labels, rows)
             losses.append(batch_losses)
             if batch_right is not None:
                 right.append(batch_right)
@@ -119,6 +121,11 @@ class Gate:
             if drop > (0.0 if few else drop_error):
                 return f"held-out top-1 falls by {100 * drop:.2f} points (standard error {100 * drop_error:.2f})"
         return ""
+
+
+def _rows(batch: Batch) -> int:
+    """Rows of outputs that are judged one by one: a single feed may bring one label for each of its rows."""
+    return len(batch.indices) if batch.labels is None else len(batch.labels)
 
 
 def paired(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:

@@ -1,0 +1,251 @@
+"""Arrays against the model's inputs: everything that can be wrong with data is found here, before the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from onnx_optshift.calibration.source import Array, Feeds, InputSpec, describe, why_feeds
+from onnx_optshift.errors import InputError, closest
+
+_TEXT = "OUS"
+_FLOAT64_EXACT = 2**53  # every integer up to here is a float64
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """Arrays that the model will accept.
+
+    Attributes:
+        feeds: Array by input name, in the model's order and types.
+        labels: Integer class labels (int64) or targets (float64); None without.
+        stacked: Whether axis 0 of every array numbers the samples; else the arrays are one feed.
+        notes: What was converted or left out, one sentence each.
+    """
+
+    feeds: Feeds
+    labels: Array | None
+    stacked: bool
+    notes: tuple[str, ...]
+
+    @property
+    def rows(self) -> int:
+        """Number of samples; a feed is one."""
+        return len(next(iter(self.feeds.values()))) if self.stacked else 1
+
+
+def check(
+    arrays: Mapping[str, object], inputs: Sequence[InputSpec], where: str, *, labels_name: str, feed: bool
+) -> Checked:
+    """Checks one set of named arrays, and converts element types where no value changes.
+
+    Args:
+        arrays: Array by name.
+        inputs: The model's inputs.
+        where: The file or object the arrays come from, for messages.
+        labels_name: Name of the array that holds labels, unless an input is called so.
+        feed: Whether the arrays are one feed. Otherwise axis 0 numbers the samples, unless the shapes of arrays and
+            inputs rule that out.
+
+    Raises:
+        InputError: An array is missing, or has a wrong type, shape or value; the labels do not fit; no samples.
+    """
+    found = {str(name): _as_array(value, str(name), where) for name, value in arrays.items()}
+    names = [spec.name for spec in inputs]
+    _check_names(found, inputs, where, labels_name)
+    notes = [
+        f"array {name!r} ignored: the model has no such input"
+        for name in found
+        if name not in names and name != labels_name
+    ]
+    given = {name: found[name] for name in names}
+    stacked = not feed and _is_stacked(given, inputs, where)
+    reason = None if feed or stacked else why_feeds(inputs) or "the arrays have no common axis of samples"
+    if reason:
+        notes.append(f"each set of arrays is one feed and counts as one sample: {reason}")
+    for spec in inputs:
+        _check_shape(given[spec.name], spec, where, stacked=stacked, reason=reason)
+    if all(array.size == 0 for array in given.values()) or (stacked and not len(given[names[0]])):
+        raise InputError(f"{where}: no samples; the arrays are empty. Expected {describe(inputs)} with at least one.")
+    feeds: Feeds = {}
+    for spec in inputs:
+        _check_finite(given[spec.name], spec.name, where, stacked=stacked)
+        feeds[spec.name], note = _converted(given[spec.name], spec, where)
+        notes += [note] if note else []
+    labels = None
+    if labels_name in found and labels_name not in names:
+        labels = _check_labels(found[labels_name], feeds, where, labels_name, stacked=stacked)
+    return Checked(feeds, labels, stacked, tuple(notes))
+
+
+def _as_array(value: object, name: str, where: str) -> Array:
+    try:
+        array = np.asarray(value)
+    except Exception as error:  # tensors of other libraries refuse in their own ways
+        raise InputError(f"{where}: {name!r} ({type(value).__name__}) is not an array: {error}") from error
+    if array.dtype.kind == "O" and not all(isinstance(item, str) for item in array.flat):
+        raise InputError(
+            f"{where}: {name!r} holds Python objects, not numbers or text. Rows of different lengths cannot be one "
+            "array: give such samples one by one, as separate feeds."
+        )
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _check_names(found: Feeds, inputs: Sequence[InputSpec], where: str, labels_name: str) -> None:
+    missing = [spec.name for spec in inputs if spec.name not in found]
+    if not missing:
+        return
+    spare = [name for name in found if name != labels_name and name not in {spec.name for spec in inputs}]
+    what = "array" if len(missing) == 1 else "arrays"
+    raise InputError(
+        f"{where}: {what} {', '.join(map(repr, missing))} missing. Expected {describe(inputs)}; found "
+        f"{', '.join(map(repr, found)) or 'nothing'}.{closest(missing[0], spare)} Name them as the model's inputs."
+    )
+
+
+def _is_stacked(given: Feeds, inputs: Sequence[InputSpec], where: str) -> bool:
+    """Whether axis 0 numbers the samples in all arrays alike.
+
+    Raises:
+        InputError: It should, but the arrays differ in length.
+    """
+    if why_feeds(inputs) or any(array.ndim == 0 for array in given.values()):
+        return False
+    lengths = {name: len(array) for name, array in given.items()}
+    if len(set(lengths.values())) == 1:
+        return True
+    # Different lengths are a slip, unless the model itself says that the leading axes are different things.
+    by_lead: dict[object, set[int]] = {}
+    for spec in inputs:
+        by_lead.setdefault(spec.dims[0] if spec.dims else None, set()).add(lengths[spec.name])
+    if None not in by_lead and all(len(found) == 1 for found in by_lead.values()):
+        return False
+    shown = ", ".join(f"{name} {length}" for name, length in lengths.items())
+    raise InputError(
+        f"{where}: the arrays have different numbers of samples along axis 0: {shown}. Expected the same for all of "
+        f"{describe(inputs)}. Make them equally long; or, where an input has no axis of samples, give one file "
+        "(in Python: one dict of an iterable) per run of the model."
+    )
+
+
+def _check_shape(array: Array, spec: InputSpec, where: str, *, stacked: bool, reason: str | None) -> None:
+    if spec.dims is None:
+        return
+    how = f" (read as one feed: {reason})" if reason else ""
+    shape = list(array.shape)
+    if array.ndim != len(spec.dims):
+        hint = "Give one array axis for each of the input's axes."
+        if array.ndim == len(spec.dims) - 1:
+            hint = "If this is a single sample, add the leading axis: array[None]."
+        elif array.ndim == len(spec.dims) + 1 and not stacked:
+            hint = "If axis 0 numbers the samples, give each as a feed of its own."
+        raise InputError(
+            f"{where}: {spec.name!r} has rank {array.ndim}, shape {shape}; expected {spec}{how}, rank "
+            f"{len(spec.dims)}. {hint}"
+        )
+    first = 1 if stacked else 0
+    for axis, dim in enumerate(spec.dims[first:], start=first):
+        if isinstance(dim, int) and array.shape[axis] != dim:
+            raise InputError(
+                f"{where}: {spec.name!r} has shape {shape}; expected {spec}{how}: size {dim} along axis {axis}, found "
+                f"{array.shape[axis]}. Prepare the data as the model's training did (axis order, crop, padding)."
+            )
+
+
+def _check_finite(array: Array, name: str, where: str, *, stacked: bool) -> None:
+    if not (_level(array.dtype) == 2 or array.dtype.kind == "c"):
+        return
+    finite = np.isfinite(array)
+    if finite.all():
+        return
+    bad = np.argwhere(~finite)
+    at = f"first in sample {bad[0][0]}" if stacked else f"first at {bad[0].tolist()}"
+    raise InputError(
+        f"{where}: {name!r} holds {len(bad)} values that are NaN or infinite, {at}. Expected finite numbers. Remove "
+        "these samples or repair them."
+    )
+
+
+def _level(dtype: np.dtype[Any]) -> int | None:
+    """0 for bool, 1 for integers, 2 for real floats: a conversion may only go up or stay. None for anything else."""
+    if dtype.kind == "V":  # the kind of float types that numpy itself lacks, and of plain records
+        return 2 if "float" in dtype.name else None
+    return {"b": 0, "i": 1, "u": 1, "f": 2}.get(dtype.kind)
+
+
+def _converted(array: Array, spec: InputSpec, where: str) -> tuple[Array, str | None]:
+    """The array in the input's element type, and a note if it had another.
+
+    Integers and bools may become any type that holds their values exactly; floats any other float type (rounded, never
+    overflowing). A float is never cut to an integer: that is not a conversion but most often the wrong array.
+
+    Raises:
+        InputError: The array has another type whose values do not convert.
+    """
+    want, have = spec.dtype, array.dtype
+    if want is None and (_level(have) is not None or have.kind in "OUSc"):
+        return array, None
+    if want is not None and (want == have or (want.kind in _TEXT and have.kind in _TEXT)):
+        return array, None
+    # numpy saves a bfloat16 array as bytes without a type.
+    if want is not None and want.kind == have.kind == "V" and have.names is None and want.itemsize == have.itemsize:
+        return array.view(want), None
+    if want is None:
+        raise InputError(f"{where}: {spec.name!r} has type {have}, which no model takes. Expected {spec}.")
+    levels = _level(have), _level(want)
+    detail = ""
+    if levels[0] is not None and levels[1] is not None and levels[0] <= levels[1]:
+        with np.errstate(all="ignore"):
+            converted: Array = array.astype(want)
+        if _same_values(array, converted):
+            return converted, f"{spec.name!r}: {have.name} converted to {want.name}"
+        detail = f" Its values do not fit into {want.name}: they reach from {array.min()} to {array.max()}."
+    raise InputError(
+        f"{where}: {spec.name!r} has type {have.name}; expected {spec}.{detail} Save the array as "
+        f"{'text' if want.kind in _TEXT else want.name}, if it is the right one."
+    )
+
+
+def _same_values(array: Array, converted: Array) -> bool:
+    """Whether a conversion kept integers exactly, and floats finite."""
+    if array.size == 0:
+        return True
+    if _level(array.dtype) == 2:
+        return bool(np.isfinite(converted).all())
+    if _level(converted.dtype) == 1:
+        bounds = np.iinfo(converted.dtype)
+        return bounds.min <= int(array.min()) and int(array.max()) <= bounds.max
+    if max(abs(int(array.min())), abs(int(array.max()))) > _FLOAT64_EXACT:
+        return False
+    return bool(np.array_equal(array.astype(np.float64), converted.astype(np.float64)))
+
+
+def _check_labels(labels: Array, feeds: Feeds, where: str, name: str, *, stacked: bool) -> Array:
+    level = _level(labels.dtype)
+    if level is None:
+        raise InputError(
+            f"{where}: labels {name!r} have type {labels.dtype}; expected integer class labels (0, 1, ...) or float "
+            "targets. Number the classes in the order of the model's output."
+        )
+    _check_finite(labels, name, where, stacked=stacked)
+    if labels.dtype.kind == "u" and labels.size and int(labels.max()) > np.iinfo(np.int64).max:
+        raise InputError(f"{where}: label {int(labels.max())} in {name!r} is no class number. Expected small integers.")
+    labels = labels.astype(np.float64 if level == 2 else np.int64)
+    if not stacked and labels.ndim == 0:
+        labels = labels[None]
+    lengths = {len(array) for array in feeds.values() if array.ndim} | (set() if stacked else {1})
+    if labels.ndim == 0 or len(labels) not in lengths:
+        wanted = " or ".join(map(str, sorted(lengths)))
+        raise InputError(
+            f"{where}: labels {name!r} have shape {list(labels.shape)}; expected {wanted} along axis 0, one for each "
+            f"{'sample' if stacked else 'feed, or one for each of its rows'}."
+        )
+    if level != 2 and labels.ndim != 1:
+        raise InputError(
+            f"{where}: class labels {name!r} have shape {list(labels.shape)}; expected one integer for each sample, "
+            "[samples]. From one-hot rows take labels.argmax(1)."
+        )
+    return labels

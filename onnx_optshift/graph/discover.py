@@ -1,0 +1,233 @@
+"""From a graph to its weights: every constant that a linear layer multiplies with, followed to ALL its readers.
+
+A weight may move only if everything that reads it is understood: each reader a linear layer whose activation can be
+captured, all of them seeing the same matrix. One reader more (an embedding lookup, a body of an If, an output of the
+graph) and the weight is left as it is, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+import onnx
+import onnx_graphsurgeon as gs
+
+from onnx_optshift.geometry import WeightForm
+from onnx_optshift.graph import conv, gemm, matmul
+from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.graph.passthrough import QUANTIZATION, constant_integers, passed_through
+from onnx_optshift.graph.scopes import Scopes, domain_of
+from onnx_optshift.graph.selection import Selection
+from onnx_optshift.graph.tensors import FLOAT_TYPES, type_name
+from onnx_optshift.graph.weights import Match, Matcher, Skip, Use, Weight, display_name
+
+_MICROSOFT: Final = "com.microsoft"
+# Operators that are understood: (domain, operator) -> (operands that can be the weight, matcher).
+MATCHERS: Final[dict[tuple[str, str], tuple[tuple[int, ...], Matcher]]] = {
+    ("", "Gemm"): (gemm.OPERANDS, gemm.match),
+    (_MICROSOFT, "FusedGemm"): (gemm.OPERANDS, gemm.match),
+    ("", "MatMul"): (matmul.OPERANDS, matmul.match),
+    (_MICROSOFT, "FusedMatMul"): (matmul.OPERANDS, matmul.match),
+    ("", "Conv"): (conv.OPERANDS, conv.match),
+    (_MICROSOFT, "FusedConv"): (conv.OPERANDS, conv.match),
+}
+_QUANTIZED: Final = "already quantized"
+_UNHANDLED: Final = "this operator is not handled"
+# Linear operators that are known, but not handled: (domain, operator) -> (operands that can be the weight, reason).
+UNHANDLED: Final[dict[tuple[str, str], tuple[tuple[int, ...], str]]] = {
+    ("", "ConvTranspose"): ((1,), _UNHANDLED),
+    ("", "DeformConv"): ((1,), _UNHANDLED),
+    ("", "LSTM"): ((1, 2), "recurrent: its inputs over time are inside the operator"),
+    ("", "GRU"): ((1, 2), "recurrent: its inputs over time are inside the operator"),
+    ("", "RNN"): ((1, 2), "recurrent: its inputs over time are inside the operator"),
+    ("", "Einsum"): (tuple(range(8)), _UNHANDLED),
+    ("", "MatMulInteger"): ((0, 1), _QUANTIZED),
+    ("", "QLinearMatMul"): ((0, 3), _QUANTIZED),
+    ("", "QLinearConv"): ((3,), _QUANTIZED),
+    ("", "ConvInteger"): ((1,), _QUANTIZED),
+    (_MICROSOFT, "Attention"): ((1,), _UNHANDLED),
+    (_MICROSOFT, "QAttention"): ((1,), _QUANTIZED),
+    (_MICROSOFT, "QGemm"): ((3,), _QUANTIZED),
+    (_MICROSOFT, "MatMulNBits"): ((1,), _QUANTIZED),
+    (_MICROSOFT, "MatMulBnb4"): ((1,), _QUANTIZED),
+    (_MICROSOFT, "MatMulIntegerToFloat"): ((1,), _QUANTIZED),
+    (_MICROSOFT, "DynamicQuantizeMatMul"): ((1,), _QUANTIZED),
+    (_MICROSOFT, "DynamicQuantizeLSTM"): ((1, 2), _QUANTIZED),
+}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One place where a constant arrives: a node's operand, or (without a node) something else that reads it."""
+
+    reader: str
+    node: gs.Node | None
+    operand: int
+    form: WeightForm
+    quantized: bool
+
+
+def discover(model: ModelFile, selection: Selection) -> tuple[list[Weight], list[Skip]]:
+    """Finds all weights of a model.
+
+    Args:
+        model: The model.
+        selection: Which of them are wanted.
+
+    Returns:
+        The weights to solve for, and the linear layers left alone with the reasons, both in the order of the graph. A
+        node that multiplies two computed values has no weight, and is in neither list.
+
+    Raises:
+        InputError: A pattern fits nothing, or the graph is malformed.
+    """
+    finder = _Finder(model)
+    found = sorted([*finder.named(), *finder.unnamed()], key=lambda entry: entry[0])
+    weights = [entry for _, entry in found if isinstance(entry, Weight)]
+    skips = [entry for _, entry in found if isinstance(entry, Skip)]
+    return selection.apply(weights, skips)
+
+
+class _Finder:
+    def __init__(self, model: ModelFile) -> None:
+        self._model = model
+        self._scopes = Scopes.of(model.graph)
+        self._outputs = {id(value) for value in model.graph.outputs}
+        self._integers = partial(constant_integers, model.tensors)
+        self._position = {id(node): index for index, node in enumerate(self._scopes.nodes)}
+        self._reached: set[tuple[int, int]] = set()  # (id of a linear node, operand)
+
+    def named(self) -> Iterator[tuple[int, Weight | Skip]]:
+        """Every constant of the main graph that a linear layer multiplies with, and where the first such layer is."""
+        initializers = {tensor.name for tensor in self._model.proto.graph.initializer}
+        values = self._scopes.main_values()
+        for name, tensor in self._model.tensors.items():
+            if name not in values or any(dim < 0 for dim in tensor.dims):
+                continue
+            readings = list(self._readings(values[name], WeightForm(tuple(tensor.dims))))
+            layers = [(reading, reading.node) for reading in readings if reading.node and self._is_layer(reading)]
+            if not layers:
+                continue
+            self._reached.update((id(node), reading.operand) for reading, node in layers)
+            verdict = self._judge(tensor, readings, layers[0][1])
+            first = layers[0][1]
+            position = min(self._position[id(node)] for _, node in layers)
+            if isinstance(verdict, str):
+                yield position, Skip(name, display_name(first), first.op, verdict)
+            else:
+                form, uses = verdict
+                owner = "initializer" if name in initializers else "constant"
+                yield position, Weight(name, type_name(tensor), tuple(tensor.dims), form, uses, owner)
+
+    def unnamed(self) -> Iterator[tuple[int, Skip]]:
+        """Linear layers whose weight is constant, but no tensor of the main graph. Comes after `named`."""
+        for node in self._scopes.nodes:
+            for operand in _weight_operands(node):
+                value = node.inputs[operand] if operand < len(node.inputs) else None
+                if value is None or not value.name or not self._scopes.is_constant(value):
+                    continue
+                if (id(node), operand) in self._reached or not self._has_activation(node, operand):
+                    continue
+                producer = value.inputs[0] if value.inputs else None
+                if id(node) in self._scopes.body_of:
+                    reason = f"inside {self._scopes.body_of[id(node)]}: its input is not captured"
+                elif producer is not None:
+                    by = f"{producer.op} node {display_name(producer)!r}"
+                    reason = f"its weight is computed from constants by {by}; fold constants first"
+                else:
+                    reason = "its weight is stored sparse"
+                name = None if producer is not None else str(value.name)
+                yield self._position[id(node)], Skip(name, display_name(node), node.op, reason)
+
+    def _judge(
+        self, tensor: onnx.TensorProto, readings: Sequence[_Reading], first: gs.Node
+    ) -> tuple[WeightForm, tuple[Use, ...]] | str:
+        """The one form and all uses of a constant, or why it must stay."""
+        shape = tuple(tensor.dims)
+        if any(reading.quantized for reading in readings) or tensor.data_type not in FLOAT_TYPES:
+            _, reason = UNHANDLED.get((domain_of(first), first.op), ((), ""))
+            if any(reading.quantized for reading in readings) or reason == _QUANTIZED:
+                return f"{_QUANTIZED} ({type_name(tensor)})"
+            return f"its type is {type_name(tensor)}, not a floating type"
+        if 0 in shape:
+            return f"its shape {list(shape)} is empty"
+        matches: list[Match] = []
+        for reading in readings:
+            match = self._match(reading)
+            if isinstance(match, str):
+                return match
+            matches.append(match)
+        form = matches[0].form
+        for match in matches:
+            if match.form != form:
+                one, two = matches[0].use, match.use
+                return (
+                    f"{one.op_type} node {one.node!r} and {two.op_type} node {two.node!r} read it as different matrices"
+                )
+        return form, tuple(match.use for match in matches)
+
+    def _match(self, reading: _Reading) -> Match | str:
+        node = reading.node
+        if node is None or not self._is_layer(reading):
+            return f"also read by {reading.reader}"
+        if id(node) in self._scopes.body_of:
+            return f"inside {self._scopes.body_of[id(node)]}: its input is not captured"
+        key = (domain_of(node), node.op)
+        return UNHANDLED[key][1] if key in UNHANDLED else MATCHERS[key][1](node, reading.operand, reading.form)
+
+    def _readings(self, value: gs.Tensor, form: WeightForm) -> Iterator[_Reading]:
+        """All ends of the ways that a constant takes through nodes that only rearrange it."""
+        todo: list[tuple[gs.Tensor, WeightForm, bool]] = [(value, form, False)]
+        visited: set[tuple[int, WeightForm, bool]] = set()  # functions may call each other in any way
+        while todo:
+            value, form, quantized = todo.pop()
+            if (id(value), form, quantized) in visited:
+                continue
+            visited.add((id(value), form, quantized))
+            if id(value) in self._outputs:
+                yield _Reading(f"the graph output {value.name!r}", None, 0, form, quantized)
+            if value.name in self._scopes.leaked:
+                yield _Reading(self._scopes.leaked[value.name], None, 0, form, quantized)
+            consumers = {id(node): node for node in value.outputs}  # listed once for every operand that reads it
+            for node in consumers.values():
+                place = self._scopes.body_of.get(id(node))
+                reader = f"{node.op} node {display_name(node)!r}" + (f" inside {place}" if place else "")
+                for operand, read in enumerate(node.inputs):
+                    if read is not value:
+                        continue
+                    function = self._scopes.function_inputs.get((domain_of(node), node.op), [])
+                    behind = self._behind(node, operand, form)
+                    if operand < len(function):
+                        todo.append((function[operand], form, quantized))
+                    elif behind is not None:
+                        todo.append((node.outputs[0], behind, quantized or node.op in QUANTIZATION))
+                    else:
+                        yield _Reading(reader, node, operand, form, quantized)
+
+    def _behind(self, node: gs.Node, operand: int, form: WeightForm) -> WeightForm | None:
+        if domain_of(node) and not (domain_of(node) == _MICROSOFT and node.op in QUANTIZATION):
+            return None
+        return passed_through(node, operand, form, self._integers)
+
+    def _is_layer(self, reading: _Reading) -> bool:
+        """Whether a linear operator multiplies something computed with the constant."""
+        node = reading.node
+        if node is None or reading.operand not in _weight_operands(node):
+            return False
+        return self._has_activation(node, reading.operand)
+
+    def _has_activation(self, node: gs.Node, operand: int) -> bool:
+        """Whether what meets the weight at this operand is computed. A computed bias does not count."""
+        others = [value for index, value in enumerate(node.inputs) if index != operand]
+        if (domain_of(node), node.op) in MATCHERS:
+            others = others[:1]  # the other one of the first two operands
+        return any(value.name and not self._scopes.is_constant(value) for value in others)
+
+
+def _weight_operands(node: gs.Node) -> tuple[int, ...]:
+    key = (domain_of(node), node.op)
+    known = MATCHERS.get(key) or UNHANDLED.get(key)
+    return known[0] if known else ()

@@ -1,0 +1,276 @@
+"""A model as it was given: checked once at this edge, then only read.
+
+Parsing, the ONNX checker and graph import meet files from anywhere, so whatever goes wrong in them becomes one
+`InputError` here; behind this edge a model is well-formed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from onnx_optshift.errors import InputError, closest
+from onnx_optshift.graph.external import external_array, locate
+from onnx_optshift.graph.tensors import all_tensors, inline_array, is_external, owned_tensors
+
+_logger = logging.getLogger(__name__)
+
+# The checker knows the operators of the ONNX standard only. Runtimes accept more (their own operators, also in the
+# default domain, and domains that the model forgot to import): whether those run is for the runtime to say.
+_LEFT_TO_THE_RUNTIME = ("No Op registered for", "No opset import for domain", "No Schema registered for")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input of a model.
+
+    Attributes:
+        name: Its name.
+        dtype: Element type; None for inputs that are no tensors.
+        onnx_type: The type as ONNX Runtime prints it: `tensor(float)`, `seq(tensor(int64))`.
+        shape: A number, a symbol or None (unknown) per axis; None when even the rank is unknown.
+    """
+
+    name: str
+    dtype: np.dtype[np.generic] | None
+    onnx_type: str
+    shape: tuple[int | str | None, ...] | None
+
+
+@dataclass(frozen=True, eq=False)
+class ModelFile:
+    """A checked model. External tensors stay in their files.
+
+    Attributes:
+        path: The file it came from; None for a model given as an object.
+        proto: The model; never changed.
+        folder: Where external data is looked for; None for a model given as an object.
+        sha256: Of the file, or of the serialized object.
+        size: Bytes of the file, or of the serialized object, and of external tensors.
+    """
+
+    path: Path | None
+    proto: onnx.ModelProto
+    folder: Path | None
+    sha256: str
+    size: int
+
+    @classmethod
+    def load(cls, source: str | Path | onnx.ModelProto) -> ModelFile:
+        """Reads and checks a model.
+
+        Args:
+            source: A path, or a model with its data inside, which is then used as it is and must not be changed.
+
+        Returns:
+            The model.
+
+        Raises:
+            InputError: It cannot be read, is not ONNX, is damaged, too new, or its external data is not in place.
+        """
+        if isinstance(source, onnx.ModelProto):
+            where, path, proto = "the model object", None, source
+            data = _serialized(source, where)
+        else:
+            path = Path(source)
+            where = str(path)
+            data = _read(path)
+            proto = _parsed(data, where)
+        digest = hashlib.sha256(data).hexdigest()
+        _check_versions(proto, where)
+        folder = path.parent if path is not None else None
+        external = [locate(tensor, folder).length for tensor in all_tensors(proto) if is_external(tensor)]
+        # By path when there is external data: the checker then finds it, and no second copy of the file is made.
+        _check(str(path) if external else data, where)
+        model = cls(path, proto, folder, digest, len(data) + sum(external))
+        _ = model.graph  # a graph that cannot be read is an error of the file, so it is raised here
+        return model
+
+    @property
+    def where(self) -> str:
+        """What to call this model in a message: its path, or `the model object`."""
+        return str(self.path) if self.path is not None else "the model object"
+
+    @property
+    def opset(self) -> int:
+        """Version of the standard operators; 0 when the model imports none of them."""
+        if self.ir_version < 3:
+            return 1  # before opset imports existed
+        versions = [entry.version for entry in self.proto.opset_import if entry.domain in ("", "ai.onnx")]
+        return max(versions, default=0)
+
+    @property
+    def ir_version(self) -> int:
+        """Version of the file format."""
+        return self.proto.ir_version
+
+    @cached_property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Inputs that must be fed: those without a default value (which would be an initializer of the same name)."""
+        graph = self.proto.graph
+        defaults = {tensor.name for tensor in graph.initializer}
+        defaults |= {tensor.values.name for tensor in graph.sparse_initializer}
+        return tuple(_spec(value) for value in graph.input if value.name not in defaults)
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the model's outputs."""
+        return tuple(value.name for value in self.proto.graph.output)
+
+    @cached_property
+    def tensors(self) -> dict[str, onnx.TensorProto]:
+        """Initializers, and values of Constant nodes by output name, of the main graph."""
+        return owned_tensors(self.proto)
+
+    @cached_property
+    def graph(self) -> gs.Graph:
+        """Producers and consumers of every value. Read only: it is never exported.
+
+        Raises:
+            InputError: The graph cannot be built.
+        """
+        # graphsurgeon prints to the terminal by itself.
+        severity, G_LOGGER.severity = G_LOGGER.severity, G_LOGGER.CRITICAL + 1
+        try:
+            return gs.import_onnx(self.proto)
+        except Exception as error:
+            raise InputError(
+                f"{self.where}: the graph cannot be read ({_short(error)}). Export the model again."
+            ) from error
+        finally:
+            G_LOGGER.severity = severity
+
+    def initializer(self, name: str) -> NDArray[np.generic]:
+        """Decodes one tensor of the main graph. Nothing is cached; external tensors are mapped, not loaded.
+
+        Args:
+            name: Of an initializer, or the output of a Constant node.
+
+        Returns:
+            The array in its own dtype and shape, read only where possible; bfloat16 as ml_dtypes' type.
+
+        Raises:
+            InputError: There is no such tensor, or its data is damaged.
+        """
+        tensor = self.tensors.get(name)
+        if tensor is None:
+            raise InputError(f"{self.where}: no initializer {name!r}.{closest(name, list(self.tensors))}")
+        return external_array(tensor, self.folder) if is_external(tensor) else inline_array(tensor)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file. Give the path of an ONNX model.") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{path}: is a directory. Give the path of an ONNX model in it.") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}.") from error
+    if not data:
+        raise InputError(f"{path}: the file is empty. Give the path of an ONNX model.")
+    return data
+
+
+def _parsed(data: bytes, where: str) -> onnx.ModelProto:
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except Exception as error:
+        raise InputError(
+            f"{where}: not an ONNX model, or cut short ({_short(error)}). Give a complete .onnx file."
+        ) from error
+    if not proto.HasField("graph"):
+        raise InputError(f"{where}: not an ONNX model: it has no graph. Give a complete .onnx file.")
+    return proto
+
+
+def _serialized(proto: onnx.ModelProto, where: str) -> bytes:
+    if not proto.HasField("graph"):
+        raise InputError(f"{where}: it has no graph. Give a complete onnx.ModelProto.")
+    try:
+        return bytes(proto.SerializeToString())
+    except Exception as error:
+        raise InputError(
+            f"{where}: cannot be serialized ({_short(error)}). Above 2 GiB, save it with external "
+            "data and give its path."
+        ) from error
+
+
+def _check_versions(proto: onnx.ModelProto, where: str) -> None:
+    if proto.ir_version > onnx.IR_VERSION:
+        raise InputError(
+            f"{where}: IR version {proto.ir_version} is newer than {onnx.IR_VERSION}, the newest that onnx "
+            f"{onnx.__version__} supports. Update onnx, or export the model with an older version."
+        )
+    newest = onnx.defs.onnx_opset_version()
+    for entry in proto.opset_import:
+        if entry.domain in ("", "ai.onnx") and entry.version > newest:
+            raise InputError(
+                f"{where}: opset {entry.version} is newer than {newest}, the newest that onnx {onnx.__version__} "
+                "supports. Update onnx, or export the model with an older opset."
+            )
+
+
+def _check(model: bytes | str, where: str) -> None:
+    try:
+        onnx.checker.check_model(model)
+    except Exception as error:
+        if any(known in str(error) for known in _LEFT_TO_THE_RUNTIME):
+            _logger.info("%s: left to the runtime: %s", where, _short(error))
+            return
+        raise InputError(
+            f"{where}: the ONNX checker refuses the model: {_short(error)}. Export the model again."
+        ) from error
+
+
+def _short(error: Exception) -> str:
+    """The first lines of a message: protobuf and the checker append whole nodes."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:300].rstrip(".") or type(error).__name__
+
+
+def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
+    kind = value.type.WhichOneof("value")
+    if kind != "tensor_type":
+        return TensorSpec(value.name, None, _type_string(value.type), None)
+    tensor = value.type.tensor_type
+    shape: tuple[int | str | None, ...] | None = None
+    if tensor.HasField("shape"):
+        shape = tuple(
+            dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor.shape.dim
+        )
+    try:
+        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+    except (KeyError, ValueError, TypeError):
+        dtype = None
+    return TensorSpec(value.name, dtype, _type_string(value.type), shape)
+
+
+def _type_string(kind: onnx.TypeProto) -> str:
+    which = kind.WhichOneof("value")
+    if which == "tensor_type":
+        return f"tensor({_element(kind.tensor_type.elem_type)})"
+    if which == "sparse_tensor_type":
+        return f"sparse_tensor({_element(kind.sparse_tensor_type.elem_type)})"
+    if which == "sequence_type":
+        return f"seq({_type_string(kind.sequence_type.elem_type)})"
+    if which == "optional_type":
+        return f"optional({_type_string(kind.optional_type.elem_type)})"
+    if which == "map_type":
+        return f"map({_element(kind.map_type.key_type)},{_type_string(kind.map_type.value_type)})"
+    return str(which or "unknown")
+
+
+def _element(number: int) -> str:
+    names = {value: name for name, value in onnx.TensorProto.DataType.items()}
+    return str(names.get(number, "undefined")).lower()

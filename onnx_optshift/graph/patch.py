@@ -1,0 +1,293 @@
+"""New payloads for named tensors, and not a byte else: the only file that writes models.
+
+The model is not exported from a graph library: those write it anew and change more than weights. The parsed message is
+copied, payloads are replaced in the field that holds them, and the copy is serialized.
+
+External data goes to a new file named after its own content, never into an existing one. A fixed name would be shared
+by the model that is at OUT now (or by IN, when they are the same file): replacing the data first and the model second
+would leave, in between or after a crash, an old model with new data. A new name is referred to by nobody until the
+model's rename, and two runs with the same result give the same name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from onnx_optshift.errors import InputError, closest
+from onnx_optshift.graph.atomic import Written, beside, check_target, sync, system_errors
+from onnx_optshift.graph.external import Span, locate
+from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.graph.tensors import (
+    PAYLOAD_FIELDS,
+    all_tensors,
+    check_fits,
+    inline_bytes,
+    is_external,
+    little_endian,
+    named_tensors,
+    owned_tensors,
+    raw_size,
+    replace_inline,
+)
+
+Arrays = Mapping[str, NDArray[np.generic]]
+
+# Smaller tensors (shapes, scales, most biases) stay inline: runtimes want some of them at hand while loading.
+EXTERNAL_FROM_BYTES: Final = 1024
+# The ONNX specification asks for offsets at multiples of the page size, so that tensors can be mapped.
+ALIGNMENT: Final = 4096
+_CHUNK: Final = 1 << 22
+# A tensor of an external file: name (or empty), message, place.
+_Reader = tuple[str, onnx.TensorProto, Span]
+
+
+def patched(model: ModelFile, arrays: Arrays) -> onnx.ModelProto:
+    """A copy of a model with inline data in which only the payloads of the named tensors differ.
+
+    Args:
+        model: The original.
+        arrays: New contents by initializer name (or output of a Constant node), in the tensor's dtype and shape.
+
+    Returns:
+        The copy.
+
+    Raises:
+        InputError: A name is unknown, an array has another dtype or shape, or a tensor is external (`write_beside`
+            writes those).
+    """
+    _check_arrays(model, arrays)
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    tensors = owned_tensors(proto)
+    for name, array in arrays.items():
+        if is_external(tensors[name]):
+            raise InputError(f"tensor {name!r}: its data is external and cannot be patched in memory. Write to a file.")
+        replace_inline(tensors[name], array)
+    return proto
+
+
+def write_beside(model: ModelFile, arrays: Arrays, out: Path, *, save_as_external: bool = False) -> Written:
+    """Writes the patched model beside its final place; `commit` of the result renames it.
+
+    With no arrays and no change of storage the model file is copied byte for byte.
+
+    Args:
+        model: The original; its file may be `out` itself.
+        arrays: New contents by initializer name, in the tensor's dtype and shape.
+        out: Final path.
+        save_as_external: Puts all initializers of 1 KiB and more into one external data file.
+
+    Returns:
+        The written files. Nothing stays behind if it is not committed.
+
+    Raises:
+        InputError: An array does not fit, or the files cannot be written.
+    """
+    out = Path(out)
+    check_target(out)
+    _check_arrays(model, arrays)
+    written = Written(beside(out), out)
+    try:
+        with system_errors(out):
+            if save_as_external:
+                _write_proto(_externalized(model, arrays, written), written)
+            elif arrays or model.path is None:
+                _write_proto(_with_data_files(model, arrays, written), written)
+            else:
+                _copy(model.path, model, written)
+    except BaseException:  # an interrupt too must leave nothing behind
+        written.discard()
+        raise
+    return written
+
+
+def _check_arrays(model: ModelFile, arrays: Arrays) -> None:
+    for name, array in arrays.items():
+        tensor = model.tensors.get(name)
+        if tensor is None:
+            raise InputError(f"{model.where}: no initializer {name!r}.{closest(name, list(model.tensors))}")
+        check_fits(tensor, array)
+
+
+def _write_proto(proto: onnx.ModelProto, written: Written) -> None:
+    try:
+        data = proto.SerializeToString()
+    except (ValueError, MemoryError) as error:
+        raise InputError(
+            f"{written.final_path}: the model cannot be serialized ({error}). Use --save-as-external-data."
+        ) from error
+    with written.temp_path.open("xb") as file:
+        file.write(data)
+
+
+def _copy(path: Path, model: ModelFile, written: Written) -> None:
+    """Byte for byte; data files keep their names, since the model's bytes must not change.
+
+    Raises:
+        InputError: Another file has such a name.
+    """
+    with written.temp_path.open("xb") as target, path.open("rb") as source:
+        shutil.copyfileobj(source, target, _CHUNK)
+    folder = written.final_path.parent
+    if not _leaves_folder(model, written):
+        return
+    for location, span in {span.location: span for _, span in _external(model.proto, model)}.items():
+        target_path = folder / location
+        if target_path.exists():
+            if _digest(target_path) == _digest(span.path):
+                continue
+            raise InputError(
+                f"{target_path}: exists with other content, and an unchanged copy of the model needs external data of "
+                "that name. Choose an empty folder, or --save-as-external-data."
+            )
+        target_path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = beside(target_path)
+        try:
+            shutil.copyfile(span.path, temporary)
+            sync(temporary)
+            written.data_files.append(target_path)
+            os.replace(temporary, target_path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def _with_data_files(model: ModelFile, arrays: Arrays, written: Written) -> onnx.ModelProto:
+    """The patched message; external files that change, or that are not beside OUT, are copied under new names."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    new = {name: arrays[name] for name, tensor in owned_tensors(proto).items() if name in arrays}
+    by_file: dict[Path, list[_Reader]] = {}
+    for name, tensor in named_tensors(proto):
+        if is_external(tensor):
+            span = locate(tensor, model.folder)
+            by_file.setdefault(span.path, []).append((name, tensor, span))
+        elif name in new:
+            replace_inline(tensor, new[name])
+    for path, readers in by_file.items():
+        if not (_leaves_folder(model, written) or any(name in new for name, _, _ in readers)):
+            continue
+        offsets: list[int] = []
+        location = _new_data_file(written, partial(_fill_patched, path, readers, new, offsets))
+        for (_, tensor, span), offset in zip(readers, offsets, strict=True):
+            _refer(tensor, location, offset, span.length)
+    return proto
+
+
+def _fill_patched(path: Path, readers: Sequence[_Reader], new: Arrays, offsets: list[int], file: BinaryIO) -> None:
+    """Copies an external file with new payloads, and notes where each of its tensors is then."""
+    with path.open("rb") as source:
+        shutil.copyfileobj(source, file, _CHUNK)
+    for index, (name, _, span) in enumerate(readers):
+        if name not in new:
+            offsets.append(span.offset)
+            continue
+        # Exporters let equal tensors share their bytes; only this one may change, so it moves to the end.
+        shared = any(span.overlaps(other) for k, (_, _, other) in enumerate(readers) if k != index)
+        offsets.append(_aligned_end(file) if shared else file.seek(span.offset))
+        file.write(little_endian(new[name]))
+
+
+def _externalized(model: ModelFile, arrays: Arrays, written: Written) -> onnx.ModelProto:
+    """The patched message with its larger initializers in one new file, streamed there one by one."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model.proto)
+    large = {
+        tensor.name
+        for tensor in proto.graph.initializer
+        if tensor.data_type != onnx.TensorProto.STRING and raw_size(tensor) >= EXTERNAL_FROM_BYTES
+    }
+    moving: list[tuple[str, onnx.TensorProto]] = []
+    for name, tensor in named_tensors(proto):
+        if is_external(tensor) or name in large:
+            moving.append((name, tensor))
+        elif name in arrays:
+            replace_inline(tensor, arrays[name])
+    offsets: list[int] = []
+
+    def fill(file: BinaryIO) -> None:
+        for name, tensor in moving:
+            offsets.append(_aligned_end(file))
+            if name and name in arrays:
+                file.write(little_endian(arrays[name]))
+            elif is_external(tensor):
+                _copy_span(locate(tensor, model.folder), file)
+            else:
+                file.write(inline_bytes(tensor))
+
+    if moving:
+        location = _new_data_file(written, fill)
+        for (_, tensor), offset in zip(moving, offsets, strict=True):
+            _refer(tensor, location, offset, raw_size(tensor))
+    return proto
+
+
+def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
+    """Makes a tensor external; what it held is dropped, as are hints (a checksum) about another file."""
+    for payload in PAYLOAD_FIELDS:
+        tensor.ClearField(payload)
+    del tensor.external_data[:]
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
+        tensor.external_data.add(key=key, value=value)
+
+
+def _aligned_end(file: BinaryIO) -> int:
+    """Pads the file to the next page and returns that offset."""
+    end = file.seek(0, os.SEEK_END)
+    file.write(bytes(-end % ALIGNMENT))
+    return file.tell()
+
+
+def _new_data_file(written: Written, fill: Callable[[BinaryIO], None]) -> str:
+    """Writes a data file beside OUT, names it after its content, and returns that name."""
+    out = written.final_path
+    temporary = beside(out)
+    try:
+        with temporary.open("xb") as file:
+            fill(file)
+        sync(temporary)
+        final = out.with_name(f"{out.stem}.{_digest(temporary)[:16]}.data")
+        if not final.exists() or _digest(final) != _digest(temporary):
+            written.data_files.append(final)  # first, so that an interrupt in between removes it
+            os.replace(temporary, final)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return final.name
+
+
+def _external(proto: onnx.ModelProto, model: ModelFile) -> Iterator[tuple[onnx.TensorProto, Span]]:
+    for tensor in all_tensors(proto):
+        if is_external(tensor):
+            yield tensor, locate(tensor, model.folder)
+
+
+def _leaves_folder(model: ModelFile, written: Written) -> bool:
+    """Whether OUT is in another folder than the model, where its external data would not be found."""
+    return model.folder is not None and model.folder.resolve() != written.final_path.parent.resolve()
+
+
+def _copy_span(span: Span, file: BinaryIO) -> None:
+    with span.path.open("rb") as source:
+        source.seek(span.offset)
+        left = span.length
+        while left:
+            chunk = source.read(min(left, _CHUNK))
+            if not chunk:
+                raise InputError(f"{span.path}: became shorter while it was read. Run again.")
+            file.write(chunk)
+            left -= len(chunk)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,124 @@
+"""Where long passes report to: a bar with the time left on a terminal, lines, or nothing at all."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich import progress as rich_progress
+
+Advance = Callable[[int], None]
+
+
+class Progress:
+    """Says nothing. The base of those that do.
+
+    ```python
+    with progress.stage("capture", total=len(samples)) as advance:
+        ...
+        advance(len(batch))
+    ```
+    """
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """One stage of the work.
+
+        Args:
+            name: A word or two for the user.
+            total: How many steps it has; None when that is not known.
+
+        Yields:
+            A function to call with the number of steps done since the last call.
+        """
+        yield lambda _: None
+
+
+class Lines(Progress):
+    """One line for each finished stage, with its time.
+
+    Args:
+        file: Where the lines go; standard error by default.
+    """
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self._file = file
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """See `Progress.stage`; a stage that fails leaves no line."""
+        done = 0
+        start = time.perf_counter()
+
+        def advance(steps: int) -> None:
+            nonlocal done
+            done += steps
+
+        yield advance
+        of = "" if total is None else f" of {total}"
+        seconds = time.perf_counter() - start
+        print(f"{name}: {done}{of}, {seconds:.1f} s", file=self._file or sys.stderr)
+
+
+class Bar(Progress):
+    """A bar for each running stage, with the time left; gone when the stage ends.
+
+    Args:
+        file: A terminal; standard error by default.
+    """
+
+    def __init__(self, file: TextIO | None = None) -> None:
+        self._file = file
+        self._display: rich_progress.Progress | None = None
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """See `Progress.stage`. Stages inside stages share one display, as a terminal has only one last line."""
+        display, outermost = self._display, self._display is None
+        if display is None:
+            display = self._display = self._open()
+            display.start()
+        task = display.add_task(name, total=total)
+        try:
+            yield lambda steps: display.update(task, advance=steps)
+        finally:
+            display.remove_task(task)
+            if outermost:
+                display.stop()
+                self._display = None
+
+    def _open(self) -> rich_progress.Progress:
+        from rich import progress  # slow to load, and most runs never show a bar
+        from rich.console import Console
+
+        return progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+            console=Console(file=self._file or sys.stderr),
+            transient=True,
+        )
+
+
+SILENT = Progress()
+
+
+def progress_for(*, quiet: bool = False, verbose: bool = False, file: TextIO | None = None) -> Progress:
+    """The progress that suits the place: a bar on a terminal, lines elsewhere if verbose, else nothing.
+
+    Args:
+        quiet: Nothing in any case.
+        verbose: Lines where there is no terminal.
+        file: Where it goes; standard error by default.
+    """
+    file = file or sys.stderr
+    if quiet:
+        return SILENT
+    if file.isatty():
+        return Bar(file)
+    return Lines(file) if verbose else SILENT

@@ -1,0 +1,143 @@
+"""All choices of a user, frozen and checked: what each means, its unit, its default and why. No I/O."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from onnx_optshift.errors import InputError, closest
+
+OBJECTIVES = ("norm", "range")
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_AUTO: Literal["auto"] = "auto"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Choices of one run. Lists are taken for tuples and a single string for a tuple of one.
+
+    Attributes:
+        tolerance: Relative deviation (Frobenius, no unit, 0 to 1) that the model's outputs may show on calibration
+            data. 0, the default, is exact: equal up to the runtime's own noise, because a pass that changes outputs
+            must be asked for. `"auto"` takes the largest that held-out data accepts.
+        objective: What is made small: `"norm"`, the default, the Frobenius norm; `"range"` the largest absolute
+            weight of each output channel, which is what a quantizer scales by.
+        stochastic: None, the default, solves on all calibration rows. A number B solves exactly on a class-balanced
+            batch of B samples instead; 0 lets held-out data choose B.
+        nodes_to_include: Names, globs or `re:` patterns of nodes or initializers; empty, the default, takes all.
+        nodes_to_exclude: The same for what to leave alone; wins over inclusion.
+        op_types: Operators to take; empty, the default, takes all that are supported.
+        device: `"auto"`, `"cpu"`, `"cuda"` or `"cuda:N"`. `"auto"`, the default, says what it took and why; CUDA that
+            was asked for and cannot be had is an error.
+        providers: ONNX Runtime execution providers in order of preference; empty, the default, follows `device`.
+        batch_size: Samples per run of the model; None, the default, chooses by memory.
+        max_samples: Calibration samples to use at most; None, the default, takes all, as the promise covers them all.
+        max_memory: Bytes that the run may take; None, the default, is a share of what is free at the start.
+        seed: Of the held-out split, of draws and of random inputs. Fixed, 0, so that two runs give the same file.
+        labels: Name of the labels' array in calibration and held-out data.
+        save_as_external_data: Whether weights go to a data file beside the model; False keeps the original's way,
+            so that nothing changes but the shifted weights.
+        dry_run: Whether everything runs except that no model is written.
+        heldout_fraction: Share of the calibration samples (0 to 1, exclusive) that judges where no held-out data is
+            given. A fifth, the usual share of a five-fold split, leaves most rows to find the freedom with.
+        custom_op_library: Shared library with the model's custom operators; None when it has none.
+
+    Raises:
+        InputError: A value cannot be used.
+    """
+
+    tolerance: float | Literal["auto"] = 0.0
+    objective: str = "norm"
+    stochastic: int | None = None
+    nodes_to_include: tuple[str, ...] = ()
+    nodes_to_exclude: tuple[str, ...] = ()
+    op_types: tuple[str, ...] = ()
+    device: str = "auto"
+    providers: tuple[str, ...] = ()
+    batch_size: int | None = None
+    max_samples: int | None = None
+    max_memory: int | None = None
+    seed: int = 0
+    labels: str = "labels"
+    save_as_external_data: bool = False
+    dry_run: bool = False
+    heldout_fraction: float = 0.2
+    custom_op_library: str | None = None
+
+    def __post_init__(self) -> None:
+        tolerance = _tolerance(self.tolerance)
+        self._replace("tolerance", tolerance)
+        if self.objective not in OBJECTIVES:
+            raise InputError(
+                f"objective: {self.objective!r} is not known. Take one of {_listed(OBJECTIVES)}."
+                f"{closest(str(self.objective), list(OBJECTIVES))}"
+            )
+        for name, least in (("stochastic", 0), ("batch_size", 1), ("max_samples", 1), ("max_memory", 1)):
+            if getattr(self, name) is not None:
+                self._replace(name, _integer(name, getattr(self, name), least))
+        self._replace("seed", _integer("seed", self.seed, 0))
+        if self.stochastic is not None and tolerance != 0:
+            raise InputError(
+                f"stochastic and tolerance {tolerance} contradict each other: the stochastic form is exact on its "
+                "batch. Give one of them."
+            )
+        for name in ("nodes_to_include", "nodes_to_exclude", "op_types", "providers"):
+            self._replace(name, _texts(name, getattr(self, name)))
+        if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
+            raise InputError(
+                f"device: expected auto, cpu, cuda or cuda:N with a device number N, found {self.device!r}."
+                f"{closest(str(self.device), ['auto', 'cpu', 'cuda', 'cuda:0'])}"
+            )
+        if not isinstance(self.labels, str) or not self.labels:
+            raise InputError(f"labels: expected the name of an array, found {self.labels!r}.")
+        for name in ("save_as_external_data", "dry_run"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}: expected True or False, found {getattr(self, name)!r}.")
+        if not _is_number(self.heldout_fraction) or not 0 < self.heldout_fraction < 1:
+            raise InputError(
+                f"heldout_fraction: expected a number between 0 and 1, both excluded, found {self.heldout_fraction!r}. "
+                "To judge on no held-out data, give 'none' as the held-out data."
+            )
+
+    def _replace(self, name: str, value: object) -> None:
+        # The one way to normalise a field of a frozen dataclass while it is being made.
+        object.__setattr__(self, name, value)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _tolerance(value: object) -> float | Literal["auto"]:
+    if value == _AUTO:
+        return _AUTO
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        number = float(value)
+        if not math.isnan(number) and 0 <= number <= 1:
+            return number
+    raise InputError(
+        f"tolerance: expected 'auto' or a relative deviation from 0 (exact) to 1, found {value!r}. "
+        "Try 0.01 for one per cent."
+    )
+
+
+def _integer(name: str, value: object, least: int) -> int:
+    if isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least:
+        return int(value)
+    hint = " Give 0 to have the batch size chosen." if name == "stochastic" else ""
+    raise InputError(f"{name}: expected a whole number of at least {least}, found {value!r}.{hint}")
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    # A bare string is a sequence of letters to Python; nobody means that.
+    items = (value,) if isinstance(value, str) else value
+    if isinstance(items, (tuple, list)) and all(isinstance(item, str) and item for item in items):
+        return tuple(items)
+    raise InputError(f"{name}: expected names, found {value!r}.")
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(repr(name) for name in names)

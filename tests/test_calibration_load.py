@@ -1,0 +1,207 @@
+import itertools
+
+import numpy as np
+import pytest
+from calibration_cases import (
+    FILES,
+    FILES_WITHOUT_LABELS,
+    INPUTS,
+    PYTHON,
+    Reader,
+    X,
+    arrays,
+    feeds,
+    write_json_folder,
+    write_npz,
+    write_npz_folder,
+    write_test_sets,
+)
+
+from onnx_optshift.calibration import files
+from onnx_optshift.calibration.load import beside, load
+from onnx_optshift.errors import InputError
+
+
+@pytest.mark.parametrize("kind", FILES | FILES_WITHOUT_LABELS)
+def test_every_kind_of_file_gives_the_same_samples(kind, tmp_path):
+    data = arrays(labels=kind in FILES)
+    samples = load([(FILES | FILES_WITHOUT_LABELS)[kind](tmp_path, data)], INPUTS)
+    same_as_memory(samples, data)
+
+
+@pytest.mark.parametrize("kind", PYTHON)
+def test_every_kind_of_object_gives_the_same_samples(kind):
+    data = arrays(labels=True)
+    same_as_memory(load([PYTHON[kind](data)], INPUTS), data)
+
+
+def same_as_memory(samples, data):
+    assert len(samples) == 6
+    assert samples.fingerprint == load([data], INPUTS).fingerprint
+    for _ in range(2):  # re-iterable, whatever it came from
+        batches = list(samples.batches(4))
+        for name in ("x", "ids"):
+            np.testing.assert_array_equal(np.concatenate([batch.feeds[name] for batch in batches]), data[name])
+    if "labels" in data:
+        np.testing.assert_array_equal(samples.labels, data["labels"])
+        assert samples.classes == 3
+    else:
+        assert samples.labels is None
+    picked = samples.select([4, 0]).batches(1)
+    np.testing.assert_array_equal(next(picked).feeds["x"], data["x"][[4]])
+    assert not samples.synthetic
+    assert not samples.notes
+
+
+def test_chained_files_are_one_collection(tmp_path):
+    data = arrays(labels=True)
+    samples = load([write_npz(tmp_path, data), write_json_folder(tmp_path, data)], INPUTS)
+    assert len(samples) == 12
+    assert samples.source == f"{tmp_path / 'data.npz'}, {tmp_path / 'json'}"
+    assert samples.select(range(6)).fingerprint == samples.select(range(6, 12)).fingerprint
+    assert load([[str(tmp_path / "data.npz"), tmp_path / "data.npz"]], INPUTS).classes == 3
+
+
+def test_one_array_for_a_model_with_one_input(tmp_path):
+    x = arrays()["x"]
+    np.save(tmp_path / "anything.npy", x)
+    (tmp_path / "many").mkdir()
+    for i in range(6):
+        np.save(tmp_path / "many" / f"{i + 7}.npy", x[i : i + 1])
+    prints = {load([s], [X]).fingerprint for s in (x, tmp_path / "anything.npy", tmp_path / "many", list(x[:, None]))}
+    assert prints == {load([{"x": x}], [X]).fingerprint}
+    for source in (x, tmp_path / "anything.npy", [x]):
+        with pytest.raises(InputError, match="without a name, but the model has 2 inputs: x: float32"):
+            load([source], INPUTS)
+
+
+def test_samples_pass_through():
+    samples = load([arrays()], INPUTS)
+    assert load([samples], INPUTS) is samples
+
+
+@pytest.mark.parametrize("kind", ["npz", "json", "pb"])
+def test_folders_are_read_one_file_at_a_time(kind, tmp_path, monkeypatch):
+    write, name = {
+        "npz": (write_npz_folder, "read_npz"),
+        "json": (write_json_folder, "_read_json"),
+        "pb": (write_test_sets, "_read_test_set"),
+    }[kind]
+    reads = []
+
+    class Counted(np.ndarray):
+        alive = peak = 0
+
+        def __del__(self):
+            Counted.alive -= self.base is None
+
+    real = getattr(files, name)
+
+    def counting(*args):
+        found = real(*args)
+        for one in found if isinstance(found, list) else [found]:
+            tracked = np.ndarray.__new__(Counted, one["x"].shape, one["x"].dtype)
+            tracked[...] = one["x"]
+            Counted.alive += 1
+            Counted.peak = max(Counted.peak, Counted.alive)
+            one["x"] = tracked
+        reads.append(1)
+        return found
+
+    monkeypatch.setattr(files, name, counting)
+    # `np.asarray` strips the subclass but keeps the tracked array as its base, so that views keep it alive.
+    samples = load([write(tmp_path, arrays())], INPUTS)
+    count = len(reads)
+    assert Counted.alive == 0
+    for _ in samples.batches(1):
+        pass
+    assert len(reads) > count
+    assert Counted.peak <= 2  # the batch in use, and the file being read
+    held = list(samples.batches(1))  # what the bound looks like when a user keeps every batch
+    assert Counted.peak >= 4
+    del held
+
+
+def test_a_folder_file_damaged_later_is_an_input_error(tmp_path):
+    folder = write_npz_folder(tmp_path, arrays())
+    samples = load([folder], INPUTS)
+    last = folder / "part_11.npz"
+    original = last.read_bytes()
+    last.write_bytes(original[:-30])
+    with pytest.raises(InputError, match=f"{last.name}: cannot be read as a .npz file"):
+        list(samples.batches(2))
+    np.savez(last, **{name: np.concatenate([array] * 2) for name, array in arrays().items()})
+    with pytest.raises(InputError, match="changed while it was in use"):
+        _ = samples.fingerprint
+    last.write_bytes(original)
+    assert len(list(samples.batches(6))) == 1
+
+
+def test_a_file_with_a_different_axis_in_each_input_is_one_feed(tmp_path):
+    specs = [type(X)("x", X.dtype, ("nodes", 3)), type(X)("edges", np.dtype(np.int64), (2, "edges"))]
+    for i, nodes in enumerate((4, 2, 7)):
+        np.savez(tmp_path / f"{i}.npz", x=np.ones((nodes, 3), np.float32), edges=np.zeros((2, nodes + 1), int))
+    samples = load([tmp_path], specs)
+    assert [len(batch.feeds["x"]) for batch in samples.batches(64)] == [4, 2, 7]
+    assert "one feed and counts as one sample" in samples.notes[0]
+
+
+def test_nothing_given():
+    for sources, inputs, text in (([], INPUTS, "x: float32"), ([arrays()], [], "no inputs")):
+        with pytest.raises(InputError, match=text):
+            load(sources, inputs)
+    with pytest.raises(InputError, match="no such file"):
+        load("data.npz", INPUTS)  # a lone path is not a list of letters
+
+
+def test_missing_path_names_its_neighbours(tmp_path):
+    write_npz(tmp_path, arrays())
+    with pytest.raises(InputError, match=r"no such file or folder\. Close matches: 'data.npz'"):
+        load([tmp_path / "date.npz"], INPUTS)
+
+
+def test_unknown_and_mixed_folders(tmp_path):
+    with pytest.raises(InputError, match="found 0 other entries"):
+        load([tmp_path], INPUTS)
+    write_npz(tmp_path, arrays())
+    (tmp_path / "a.json").write_text("{}")
+    with pytest.raises(InputError, match=r"one kind of calibration data, found \.npz, \.json"):
+        load([tmp_path], INPUTS)
+    (tmp_path / "a.csv").write_text("1,2")
+    with pytest.raises(InputError, match="not read as calibration data"):
+        load([tmp_path / "a.csv"], INPUTS)
+
+
+def test_beside_takes_the_first_kind_there_is(tmp_path):
+    model = tmp_path / "net.onnx"
+    assert beside(model, INPUTS) == []
+    sets = write_test_sets(tmp_path, arrays(12))
+    for one in sets.iterdir():
+        one.rename(tmp_path / one.name)
+    (tmp_path / "test_data_set_99").mkdir()  # holds no inputs
+    found = beside(model, INPUTS)
+    assert [path.name for path in found] == [f"test_data_set_{i + 8}" for i in range(12)]  # 8, 9, 10: natural order
+    same = load([arrays(12)], INPUTS).fingerprint
+    assert load(found, INPUTS).fingerprint == same
+    assert beside(model, [*INPUTS, X]) == []
+    for name in ("calibration.npz", "net.calibration.npz"):
+        np.savez(tmp_path / name, **arrays())
+        assert beside(model, INPUTS) == [tmp_path / name]
+    np.savez(tmp_path / "other.calibration.npz", **arrays())
+    assert beside(model, INPUTS) == [tmp_path / "net.calibration.npz"]
+
+
+def test_a_reader_is_read_once_and_to_its_end():
+    reader = Reader(arrays())
+    samples = load([reader], INPUTS)
+    assert reader.get_next() is None
+    assert len(list(itertools.chain(samples.batches(1), samples.batches(1)))) == 12
+    with pytest.raises(InputError, match="gave no samples"):
+        load([reader], INPUTS)
+
+
+def test_feeds_in_python_may_hold_lists_and_scalars():
+    specs = [X, type(X)("rate", np.dtype(np.int64), ())]
+    samples = load([[{"x": [[1.0, 2, 3]], "rate": 16000}]], specs)
+    assert samples.select([0]).batches(1).__next__().feeds["rate"].shape == ()
+    assert len(feeds(arrays())) == 6

@@ -1,0 +1,59 @@
+"""Sharing a tolerance out: used, never exceeded, whatever the outputs do with the layers' residuals."""
+
+import numpy as np
+import pytest
+from onnx_optshift.decide.share import AIM_HIGH, AIM_LOW, share_out
+
+
+class Candidate:
+    def __init__(self, tolerance):
+        self.tolerance = tolerance
+        self.arrays = {"w": tolerance}
+
+
+class Bench:
+    """Outputs deviate as a given function of the layers' residual."""
+
+    def __init__(self, response):
+        self.response = response
+        self.calls = 0
+
+    def deviation(self, samples, arrays):
+        self.calls += 1
+        value = self.response(arrays["w"])
+
+        class Found:
+            @staticmethod
+            def largest_rel():
+                return value
+
+        return Found
+
+
+RESPONSES = {
+    "proportional": lambda r: 1.7 * r,
+    "damped": lambda r: 0.02 * r,
+    "amplified": lambda r: 90 * r,
+    "saturating": lambda r: 0.5 * r / (0.01 + r),
+    "explosive": lambda r: np.expm1(40 * r) / 10,
+    "square root": lambda r: 0.3 * np.sqrt(r),
+}
+
+
+@pytest.mark.parametrize("tolerance", [0.001, 0.01, 0.1])
+@pytest.mark.parametrize("name", RESPONSES)
+def test_the_tolerance_is_used_and_kept(name, tolerance):
+    response = RESPONSES[name]
+    bench = Bench(response)
+    shared = share_out(bench, None, Candidate, tolerance)
+    assert shared.deviation == response(shared.candidate.tolerance)
+    assert shared.deviation <= AIM_HIGH * tolerance
+    if response(0.9) > tolerance:  # else even the largest residual does not use it up
+        assert shared.deviation >= AIM_LOW * tolerance
+    assert bench.calls <= 12
+
+
+def test_where_nothing_fits_the_exact_shift_remains():
+    shared = share_out(Bench(lambda r: 0.5), None, Candidate, 0.01)
+    assert shared.candidate.tolerance == 0.0
+    assert shared.deviation == 0.0
