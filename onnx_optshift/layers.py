@@ -137,13 +137,15 @@ class Layers:
         )
         if not shift.outcome.moved:
             return _unmoved(shift)
+        return self.written(weight, shift)
+
+    def written(self, weight: Weight, shift: Shift) -> Solved:
+        """A solution as it would stand in the file: rounded once, its residual measured on what rounding left."""
         array = self.rounded(weight, shift.matrix)
-        written = torch.from_numpy(np.ascontiguousarray(weight.form.to_matrix(array).astype(np.float64))).to(
-            self._device
-        )
+        rounded = torch.from_numpy(np.ascontiguousarray(weight.form.to_matrix(array).astype(np.float64)))
+        residual = relative_residual(self.spectrum(weight), self.matrix(weight), rounded.to(self._device))
         # The solution in float64 has done its work; a model's worth of them would be twice its size.
-        compact = replace(shift, matrix=shift.matrix.new_empty(0))
-        return Solved(compact, array, relative_residual(spectrum, matrix, written))
+        return Solved(replace(shift, matrix=shift.matrix.new_empty(0)), array, residual)
 
     def frontier(self, weight: Weight, tolerances: Sequence[float]) -> list[tuple[float, float, float]]:
         """(tolerance, norm ratio, range ratio) of the norm objective, from the one factorization; [] without rows."""

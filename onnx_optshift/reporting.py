@@ -31,6 +31,7 @@ from onnx_optshift.report.model import (
     LayerReport,
     ModelInfo,
     Report,
+    Score,
     Timing,
     ToolInfo,
     Verification,
@@ -221,12 +222,18 @@ def _heldout(findings: Findings, candidate: Candidate | None) -> HeldoutResult |
     gate = findings.gate
     if gate is None or candidate is None:
         return None
-    arrays = candidate.arrays
-    after = gate.run(arrays).score if arrays else gate.before.score
+    judged = findings.decision.judged if findings.decision else None
+    after = gate.before.score
+    if candidate.arrays and findings.data is not None:
+        if findings.data.split and judged is not None:
+            # The judging samples have joined the final solve since: only the trial's score is of unseen data.
+            after = Score(loss=judged.loss, top1=judged.top1, n=after.n)
+        else:
+            after = gate.run(candidate.arrays).score
     return HeldoutResult(
         before=gate.before.score,
         after=after,
-        accepted=bool(arrays),
+        accepted=bool(candidate.arrays),
         loss_name=gate.loss.name,
         tried=tuple(gate.tried),
     )

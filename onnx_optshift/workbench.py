@@ -192,6 +192,40 @@ class Workbench:
             stream(session, self.taps, samples.batches(self.batch_size), sink, done=advance)
         return statistics
 
+    def collect_moved(self, weight: Weight, samples: Samples, arrays: Arrays) -> tuple[InputMoments, torch.Tensor]:
+        """What flows into one weight once others have moved, beside what flowed in before.
+
+        Args:
+            weight: The weight whose input is looked at.
+            samples: Calibration data.
+            arrays: New contents of the weights that moved.
+
+        Returns:
+            Moments of the new rows A', and A'ᵀA `[g, d, d]` with the original rows A, float64.
+        """
+        taps = tuple(dict.fromkeys(use.tap for use in weight.uses))
+        copies = {tap: sum(use.tap == tap for use in weight.uses) for tap in taps}
+        moved = InputMoments(weight.groups, weight.d, self.device.solve)
+        cross = torch.zeros(weight.groups, weight.d, weight.d, dtype=torch.float64, device=self.device.solve)
+        before: dict[Tap, torch.Tensor] = {}
+        names = [w.name for w in self.weights]
+        session = self.session(probe_model(self.model, list(dict.fromkeys(tap.value for tap in taps)), names))
+
+        def keep(tap: Tap, _: Batch, activation: torch.Tensor) -> None:
+            before[tap] = to_rows(activation, tap).clone()
+
+        def join(tap: Tap, _: Batch, activation: torch.Tensor) -> None:
+            for new, old in row_chunks(to_rows(activation, tap), before.pop(tap)):
+                for _copy in range(copies[tap]):
+                    moved.update(new)
+                    cross.baddbmm_(new.mT, old)
+
+        with self.progress.stage(f"capture again for {weight.name}", len(samples)) as advance:
+            for batch in samples.batches(self.batch_size):
+                stream(session, taps, [batch], keep)
+                stream(session, taps, [batch], join, overrides=arrays, done=advance)
+        return moved, cross
+
     def reference(self, samples: Samples) -> Iterator[tuple[Batch, Outputs]]:
         """The original model's outputs, batch by batch; kept for the next time while they fit."""
         kept = self._kept.get(samples.fingerprint)

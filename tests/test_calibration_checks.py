@@ -128,6 +128,8 @@ def test_a_leading_dimension_without_a_symbol_does_not_excuse_different_lengths(
     assert len(load([data], anonymous)) == 6
     with pytest.raises(InputError, match="x 6, ids 5"):
         load([data | {"ids": data["ids"][:5]}], anonymous)
+    with pytest.raises(InputError, match="x 6, ids 5"):
+        load([data | {"ids": data["ids"][:5]}], [X, anonymous[1]])
 
 
 def test_a_feed_must_have_the_fixed_leading_dimension():

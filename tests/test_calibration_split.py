@@ -37,6 +37,14 @@ def test_every_class_gives_its_share_and_keeps_one():
         assert len(judge) == 13
 
 
+def test_a_large_fraction_still_leaves_each_class_one_sample_to_fit():
+    labels = np.repeat([0, 1, 2], [2, 3, 50])
+    for seed in range(5):
+        assert set(labels[split(samples(labels), 0.9, seed)[0]]) == {0, 1, 2}
+    plain = [set(labels[split(samples(55), 0.9, seed)[0]]) for seed in range(5)]
+    assert any(classes != {0, 1, 2} for classes in plain)  # which chance alone does not
+
+
 def test_balance_comes_from_the_labels_not_from_luck():
     labels = np.repeat([0, 1], [95, 5])
     counts = {(labels[split(samples(100), 0.2, seed)[1]] == 1).sum() for seed in range(20)}

@@ -114,7 +114,7 @@ class ResNet(nn.Module):
         x = F.relu(self.stem(x))
         for block in self.blocks.values():
             x = block(x)
-        return self.classifier(x.mean(dim=(2, 3)))
+        return self.classifier(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
     def fold(self) -> ResNet:
         """A float32 copy for inference without BatchNorm; folded in float64, so that only one rounding is added."""
@@ -137,7 +137,7 @@ class ResNet(nn.Module):
 def decode(path: Path, prefix: str) -> Split:
     """All images of `train` or `test` of the data file."""
     try:
-        from PIL import Image  # noqa: PLC0415 - only this tool needs it, so the package does not ask for it
+        from PIL import Image  # only this tool needs it, so the package does not ask for it
     except ImportError as error:
         raise SystemExit("train_cifar: decoding the JPEG images needs Pillow, which is not installed. "
                          "Run: pip install pillow") from error  # fmt: skip
@@ -235,4 +235,51 @@ def score(name: str, images: NDArray[np.float32], labels: NDArray[np.int64], fol
     print(f"{name:12s} {len(labels):6d} images  ONNX Runtime {hits / len(labels):.4f}  "
           f"torch {expected / len(labels):.4f}  largest logit difference {gap:.1e}")  # fmt: skip
     if gap > LOGIT_TOLERANCE or hits != expected:
-        raise RuntimeError(f"{name}: ONNX Runtime and torch differ: {hits} and {expected} right answers, logits by {gap}")
+        raise RuntimeError(
+            f"{name}: ONNX Runtime and torch differ: {hits} and {expected} right answers, logits by {gap}"
+        )
+
+
+def main() -> None:
+    """Trains, folds, writes and checks."""
+    parser = argparse.ArgumentParser(description="Train a small residual network on CIFAR-10; write ONNX and data.")
+    parser.add_argument("--data", type=Path, required=True, help="CIFAR-10 as an .npz of JPEG bytes")
+    parser.add_argument("--out", type=Path, required=True, help="folder that gets the model and the data")
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--minutes", type=float, default=12.0, help="training time aimed at (default: %(default)s)")
+    length.add_argument("--epochs", type=int, help="passes over the training images, instead of --minutes")
+    parser.add_argument("--seed", type=int, default=0, help="of the split, the weights and the batches")
+    arguments = parser.parse_args()
+    if arguments.minutes <= 0 or (arguments.epochs is not None and arguments.epochs < 1):
+        parser.error("--minutes must be above 0 and --epochs at least 1")
+
+    torch.manual_seed(arguments.seed)
+    everything, test = decode(arguments.data, "train"), decode(arguments.data, "test")
+    order = torch.randperm(len(everything.labels))
+    heldout, training = everything.part(order[:HELDOUT_SAMPLES]), everything.part(order[HELDOUT_SAMPLES:])
+    network = ResNet().to(memory_format=torch.channels_last)
+    print(f"{sum(p.numel() for p in network.parameters())} parameters, {torch.get_num_threads()} threads", flush=True)
+
+    epochs = arguments.epochs or affordable_epochs(network, training, arguments.minutes)
+    train(network, training, epochs=epochs, seed=arguments.seed)
+
+    folded = network.fold()
+    calibration = training.part(torch.arange(CALIBRATION_SAMPLES))
+    with torch.inference_mode():
+        images = normalise(calibration.pixels)
+        gap = float((network.eval()(images) - folded(images)).abs().max())
+    if gap > LOGIT_TOLERANCE:
+        raise RuntimeError(f"Folding BatchNorm moved a logit by {gap}, more than {LOGIT_TOLERANCE}.")
+
+    properties = {"data": "CIFAR-10", "seed": str(arguments.seed), "epochs": str(epochs)}
+    model = to_onnx(folded, properties | {"mean": str(MEAN), "std": str(STD)}).SerializeToString()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "model.onnx").write_bytes(model)
+    for name, split in {"calibration": calibration, "heldout": heldout, "test": test}.items():
+        images, labels = normalise(split.pixels).contiguous().numpy(), split.labels.numpy()
+        np.savez_compressed(arguments.out / f"{name}.npz", images=images, labels=labels)
+        score(name, images, labels, folded, model)
+
+
+if __name__ == "__main__":
+    main()

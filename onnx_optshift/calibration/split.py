@@ -66,7 +66,7 @@ def limit(samples: Samples, max_samples: int) -> Samples:
 def _shares(sizes: NDArray[np.int64], fraction: float, wanted: int, rng: np.random.Generator) -> NDArray[np.int64]:
     """Samples each class gives, `[classes]`: largest remainders, ties by lot, never a class's last sample."""
     exact = sizes * fraction
-    shares = np.minimum(exact.astype(np.int64), sizes - 1)
+    shares = exact.astype(np.int64)
     # Rounding keeps shares that are equal on paper equal here too, so that the lot decides between them.
     remainder = np.round(exact - shares, 9)
     for number in np.lexsort((rng.permutation(len(sizes)), -remainder)):

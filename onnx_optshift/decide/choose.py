@@ -19,6 +19,7 @@ from onnx_optshift.decide.gate import Gate, Judged, paired
 from onnx_optshift.decide.share import share_out
 from onnx_optshift.errors import InputError
 from onnx_optshift.layers import Arrays, Candidate, Layers
+from onnx_optshift.report.model import Trial
 from onnx_optshift.workbench import Workbench
 
 # Backing off halves the layer residual this often before layers are given up one group at a time.
@@ -41,6 +42,7 @@ class Decision:
         covered: The samples that the promise covers.
         rejected: Reasons, by initializer, for shifts that were found and not taken.
         notes: Sentences for the report.
+        judged: The trial that stood for this decision before the gate; None when nothing was judged or accepted.
     """
 
     candidate: Candidate
@@ -48,6 +50,7 @@ class Decision:
     covered: Samples
     rejected: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    judged: Trial | None = None
 
 
 def exact(full: Layers, fit: Layers, gate: Gate | None, samples: Samples) -> Decision:
@@ -58,7 +61,8 @@ def exact(full: Layers, fit: Layers, gate: Gate | None, samples: Samples) -> Dec
         return Decision(candidate, 0.0, samples)
     trial = fit.candidate(0.0, moved) if fit is not full else candidate
     names, rejected = _groups(gate, moved, lambda group: trial.only(group).arrays, 0.0, "exact")
-    return Decision(candidate.only([*names, *_unmoved(candidate)]), 0.0, samples, rejected)
+    chosen = candidate.only([*names, *_unmoved(candidate)])
+    return Decision(chosen, 0.0, samples, rejected, judged=_last_accepted(gate))
 
 
 def within(
@@ -78,7 +82,7 @@ def within(
         verdict, _ = gate.judge(trial.arrays, f"all layers at residual {residual:.3g}", residual)
         if verdict.accepted:
             chosen = candidate if halving == 0 else full.candidate(residual)
-            return Decision(chosen, tolerance, samples, notes=(note,))
+            return Decision(chosen, tolerance, samples, notes=(note,), judged=verdict)
         residual /= 2
     trial = fit.candidate(residual)
     moved = list(trial.arrays)
@@ -86,7 +90,8 @@ def within(
         gate, moved, lambda group: trial.only(group).arrays, residual, f"at residual {residual:.3g}"
     )
     chosen = full.candidate(residual)
-    return Decision(chosen.only([*names, *_unmoved(chosen)]), tolerance, samples, rejected, (note,))
+    chosen = chosen.only([*names, *_unmoved(chosen)])
+    return Decision(chosen, tolerance, samples, rejected, (note,), _last_accepted(gate))
 
 
 def automatic(bench: Workbench, full: Layers, fit: Layers, gate: Gate | None, samples: Samples) -> Decision:
@@ -105,12 +110,14 @@ def automatic(bench: Workbench, full: Layers, fit: Layers, gate: Gate | None, sa
             "--tolerance auto decides on held-out data, and there is none: give --heldout, or more calibration samples."
         )
     judged: dict[float, Judged] = {}
+    verdicts: dict[float, Trial] = {}
 
     def accepted(residual: float) -> bool:
         arrays = fit.candidate(residual).arrays
         verdict, after = gate.judge(arrays, f"all layers at residual {residual:.3g}", residual)
         if verdict.accepted:
             judged[residual] = after
+            verdicts[residual] = verdict
         return verdict.accepted
 
     refused_in_a_row = 0
@@ -135,7 +142,8 @@ def automatic(bench: Workbench, full: Layers, fit: Layers, gate: Gate | None, sa
     deviation = bench.deviation(samples, candidate.arrays).largest_rel()
     # The promise is the measured deviation, rounded up: the file's outputs are compared with it.
     promise = float(f"{1.02 * deviation + 5e-8:.2e}")
-    return Decision(candidate, promise, samples, notes=(f"auto chose layer residual {chosen:.3g}",))
+    note = f"auto chose layer residual {chosen:.3g}"
+    return Decision(candidate, promise, samples, notes=(note,), judged=verdicts[chosen])
 
 
 def stochastic(
@@ -165,7 +173,7 @@ def stochastic(
     widest = max(weight.d for weight in bench.weights)
     sizes = [size] if size else batch_sizes(present, len(samples), widest)
     generator = np.random.default_rng(seed)
-    found: list[tuple[int, Candidate, Samples, Judged | None]] = []
+    found: list[_Draw] = []
     for batch_size in sizes:
         for draw in range(DRAWS):
             batch = samples.select(balanced_batch(classes, batch_size, generator))
@@ -176,20 +184,32 @@ def stochastic(
                 return Decision(candidate, 0.0, batch, notes=(f"stochastic: first draw of {batch_size} samples",))
             verdict, after = gate.judge(candidate.arrays, f"SOS, B = {batch_size}, draw {draw + 1}", 0.0)
             if verdict.accepted:
-                found.append((batch_size, candidate, batch, after))
+                found.append(_Draw(batch_size, candidate, batch, verdict, after))
     if not found:
         unchanged = Candidate({}, 0.0)
-        return Decision(unchanged, 0.0, samples, dict.fromkeys(bench_names(bench), "the gate refused every draw"))
-    best = min(found, key=lambda entry: entry[3].score.loss if entry[3] else math.inf)
-    good = [entry for entry in found if entry[3] and best[3] and _as_good(entry[3], best[3])]
-    batch_size, candidate, batch, _ = min(good, key=lambda entry: (entry[0], entry[3].score.loss if entry[3] else 0.0))
-    note = f"stochastic: kept exactly on {batch_size} class-balanced samples"
-    return Decision(candidate, 0.0, batch, notes=(note,))
+        names = [weight.name for weight in bench.weights]
+        return Decision(unchanged, 0.0, samples, dict.fromkeys(names, "the gate refused every draw"))
+    best = min(found, key=lambda draw: draw.verdict.loss)
+    good = [draw for draw in found if _as_good(draw.judged, best.judged)]
+    # The smallest batch leaves the most freedom; among its draws the best.
+    taken = min(good, key=lambda draw: (draw.size, draw.verdict.loss))
+    note = f"stochastic: kept exactly on {taken.size} class-balanced samples"
+    return Decision(taken.candidate, 0.0, taken.batch, notes=(note,), judged=taken.verdict)
 
 
-def bench_names(bench: Workbench) -> list[str]:
-    """Names of the weights on a workbench."""
-    return [weight.name for weight in bench.weights]
+@dataclass(frozen=True)
+class _Draw:
+    """One batch that the gate let through."""
+
+    size: int
+    candidate: Candidate
+    batch: Samples
+    verdict: Trial
+    judged: Judged
+
+
+def _last_accepted(gate: Gate) -> Trial | None:
+    return next((trial for trial in reversed(gate.tried) if trial.accepted), None)
 
 
 def _unmoved(candidate: Candidate) -> list[str]:

@@ -1,10 +1,10 @@
 """The gate: a shift is kept only if data that it has not seen is served no worse.
 
 With labels the original and the shifted model are compared sample by sample: the mean of the paired differences of
-the loss may exceed zero by at most one standard error, and so may the loss of top-1 accuracy. A paired difference
-removes the spread between samples, so a real harm shows on few samples; one standard error keeps noise from deciding
-(the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, on differences). Below
-`FEW_SAMPLES` a standard error says little, and no increase beyond rounding is let through.
+the loss may exceed zero by at most one standard error, and top-1 accuracy may fall by at most two of its own. A paired
+difference removes the spread between samples, so a real harm shows on few samples; one standard error keeps noise from
+deciding (the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, on differences).
+Below `FEW_SAMPLES` a standard error says little, and no increase beyond rounding is let through.
 
 Without labels only the distance to the original outputs is known; it may reach `UNLABELLED_DISTANCE`, or twice the
 tolerance that was granted on the calibration data if that is more.
@@ -25,6 +25,8 @@ from onnx_optshift.report.model import Score, Trial
 from onnx_optshift.workbench import Workbench
 
 FEW_SAMPLES = 30
+# Top-1 moves in steps of whole samples: one flipped answer alone is one standard error. Two are the usual 95 per cent.
+TOP1_ERRORS = 2.0
 # Relative increase of the mean loss that counts as none: rounding in the outputs moves a loss by less.
 NO_INCREASE = 1e-4
 # One per cent: what users of converted models accept as "the same outputs" on data nobody promised anything about.
@@ -118,7 +120,7 @@ class Gate:
             return f"held-out loss rises by {mean:.3g} (standard error {error:.2g})"
         if after.right is not None and self.before.right is not None:
             drop, drop_error = paired(self.before.right, after.right)
-            if drop > (0.0 if few else drop_error):
+            if drop > (0.0 if few else TOP1_ERRORS * drop_error):
                 return f"held-out top-1 falls by {100 * drop:.2f} points (standard error {100 * drop_error:.2f})"
         return ""
 

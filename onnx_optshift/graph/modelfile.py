@@ -20,13 +20,19 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_optshift.errors import InputError, closest
 from onnx_optshift.graph.external import external_array, locate
+from onnx_optshift.graph.scopes import Scopes
 from onnx_optshift.graph.tensors import all_tensors, inline_array, is_external, owned_tensors
 
 _logger = logging.getLogger(__name__)
 
-# The checker knows the operators of the ONNX standard only. Runtimes accept more (their own operators, also in the
-# default domain, and domains that the model forgot to import): whether those run is for the runtime to say.
-_LEFT_TO_THE_RUNTIME = ("No Op registered for", "No opset import for domain", "No Schema registered for")
+# Runtimes accept more than the checker: their own operators, also in the default domain, domains that the model forgot
+# to import, and inputs of unknown rank. Whether those run is for the runtime to say.
+_LEFT_TO_THE_RUNTIME = (
+    "No Op registered for",
+    "No opset import for domain",
+    "Field 'shape' of 'type' is required but missing",
+    "Field 'name' of 'graph' is required to be non-empty",
+)
 
 
 @dataclass(frozen=True)
@@ -90,9 +96,9 @@ class ModelFile:
         folder = path.parent if path is not None else None
         external = [locate(tensor, folder).length for tensor in all_tensors(proto) if is_external(tensor)]
         # By path when there is external data: the checker then finds it, and no second copy of the file is made.
-        _check(str(path) if external else data, where)
+        _check(str(path) if external else _with_graph_name(data, proto), where)
         model = cls(path, proto, folder, digest, len(data) + sum(external))
-        _ = model.graph  # a graph that cannot be read is an error of the file, so it is raised here
+        _check_names(model)  # imports the graph too: one that cannot be read is an error of the file
         return model
 
     @property
@@ -219,6 +225,26 @@ def _check_versions(proto: onnx.ModelProto, where: str) -> None:
                 f"{where}: opset {entry.version} is newer than {newest}, the newest that onnx {onnx.__version__} "
                 "supports. Update onnx, or export the model with an older opset."
             )
+
+
+def _with_graph_name(data: bytes, proto: onnx.ModelProto) -> bytes:
+    """What the checker gets to see: it asks for a name of the graph, which no runtime does."""
+    if proto.graph.name:
+        return data
+    name = onnx.ModelProto()
+    name.graph.name = "unnamed"
+    return data + bytes(name.SerializeToString())  # protobuf reads this as one message
+
+
+def _check_names(model: ModelFile) -> None:
+    """Insists that names are text: protobuf hands out bytes for what is not UTF-8."""
+    graph = model.proto.graph
+    names = [value.name for value in (*graph.input, *graph.output, *graph.initializer)]
+    for node in Scopes.of(model.graph).nodes:
+        names += [node.name, node.op, node.domain or "", *(value.name for value in (*node.inputs, *node.outputs))]
+    wrong = next((name for name in names if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise InputError(f"{model.where}: the name {wrong!r} is not UTF-8 text. The file is damaged; export it again.")
 
 
 def _check(model: bytes | str, where: str) -> None:

@@ -115,7 +115,7 @@ class LayerReport:
         m: Output width.
         groups: Independent problems in one weight: the groups of a convolution.
         rows: Calibration rows that met it.
-        rank: Directions of the input that matter; `d - rank` are free. Summed over groups when there are several.
+        rank: Directions of the input that matter; `d - rank` are free. Of the group that has fewest.
         tolerance: Relative residual that the layer was allowed.
         norm_before: Frobenius norm of the original.
         norm_after: Frobenius norm of what was written.

@@ -88,7 +88,7 @@ def _data(data: DataInfo) -> str:
 def _layers(report: Report, console: Console, verbose: bool) -> None:
     candidates = [layer for layer in report.layers if layer.status != "skipped"]
     by_range = report.settings.get("objective") == "range"
-    reasons = list(dict.fromkeys(layer.reason for layer in candidates if layer.status != "shifted" and layer.reason))
+    reasons = list(dict.fromkeys(layer.reason for layer in candidates if _tells(layer)))
     if candidates:
         cells = [_cells(layer, by_range, reasons) for layer in candidates]
         header = ("layer", "d x m", "rank/d", "range" if by_range else "norm", "residual", "status")
@@ -109,19 +109,22 @@ def _layers(report: Report, console: Console, verbose: bool) -> None:
 
 def _cells(layer: LayerReport, by_range: bool, reasons: list[str]) -> tuple[str, ...]:
     shape = f"{_count(layer.d)} x {_count(layer.m)}"
-    groups = layer.groups or 1
-    if groups > 1:
-        shape = f"{groups} of {shape}"
-    free = f"{_count(layer.rank)}/{_count(groups * layer.d if layer.d is not None else None)}"
+    if layer.groups is not None and layer.groups > 1:
+        shape = f"{layer.groups} of {shape}"
+    rank = f"{layer.rank}/{_count(layer.d)}" if layer.rank is not None else "-"
     before, after = (layer.range_before, layer.range_after) if by_range else (layer.norm_before, layer.norm_after)
     if before is None or after is None:
         change = "-"
     else:
         change = _figure(before) if before == after else f"{_figure(before)} -> {_figure(after)}"
-    mark = f" [{reasons.index(layer.reason) + 1}]" if layer.status != "shifted" and layer.reason else ""
-    residual = _figure(layer.measured_residual, digits=2) if layer.status == "shifted" else "-"
-    rank = free if layer.rank is not None else "-"
+    residual = _figure(layer.measured_residual, 2) if layer.status == "shifted" else "-"
+    mark = f" [{reasons.index(layer.reason) + 1}]" if _tells(layer) else ""
     return (printable(layer.name), shape, rank, change, residual, layer.status + mark)
+
+
+def _tells(layer: LayerReport) -> bool:
+    """Whether the reason says more than the status."""
+    return layer.reason not in {"", layer.status}
 
 
 def _skip_rows(layers: Iterable[LayerReport], most: int | None) -> list[tuple[str, str]]:
@@ -203,10 +206,10 @@ def _frontier_rows(report: Report) -> list[tuple[str, str]]:
             squares = ((r * (layer.norm_before or 0.0)) ** 2 for r, layer in zip(known, layers, strict=True))
             share = math.sqrt(math.fsum(squares) / whole)
         parts.append(f"{_figure(share)} at {point.tolerance:g}")
+    if not parts:
+        return []
     what = "mean range" if by_range else "norm of all weights"
-    return [("frontier", f"{what}, as a share of the original's, at a layer residual: {', '.join(parts)}")] * bool(
-        parts
-    )
+    return [("frontier", f"{what}, as a share of the original's, at a layer residual: {', '.join(parts)}")]
 
 
 def _timing(report: Report) -> str:

@@ -1,0 +1,173 @@
+"""The command line: runs a command, report to terminal and files, errors to one message and an exit status."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Never
+
+from onnx_optshift.arguments import INSPECT, SHIFT, VERIFY, parse
+from onnx_optshift.errors import InputError, OptShiftError, ToleranceError
+
+if TYPE_CHECKING:
+    from onnx_optshift.report.model import Report
+    from onnx_optshift.report.progress import Progress
+
+DONE = 0
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def run() -> Never:
+    """Entry point of the installed script and of `python -m onnx_optshift`."""
+    sys.exit(main())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments without the program's name; those of the process by default.
+
+    Returns:
+        The exit status: 0 done, 2 bad usage or bad input, 3 outputs left the tolerance, 130 interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    verbose = "--verbose" in words
+    _print_anything()
+    try:
+        args = parse(words)
+        with _quiet_libraries(args.log_level, verbose=verbose):
+            _COMMANDS[args.command](args)
+    except SystemExit as stop:  # -h and --version
+        return stop.code if isinstance(stop.code, int) else DONE
+    except KeyboardInterrupt as interrupt:
+        _say(f"interrupted: {interrupt or 'nothing was written'}", verbose=False)
+        return INTERRUPTED
+    except OptShiftError as error:
+        _say(f"error: {error}", verbose=verbose)
+        return error.exit_code
+    except MemoryError:
+        hint = "Lower --batch-size or --max-samples, or take fewer layers at a time with --nodes-to-include."
+        _say(f"error: out of memory. {hint}", verbose=verbose)
+        return InputError.exit_code
+    except Exception as error:
+        text = " ".join(str(error).split())
+        hint = "" if verbose else "; run with --verbose for the traceback"
+        _say(f"error: internal error: {type(error).__name__}: {text}{hint}", verbose=verbose)
+        return InputError.exit_code
+    finally:
+        _write("")  # what argparse printed is still in the buffer
+    return DONE
+
+
+def _shift(args: argparse.Namespace) -> None:
+    from onnx_optshift import optimize
+
+    model, out = args.files
+    result = optimize.run(model, out, args.calibration, args.heldout, args.settings, _progress(args))
+    written = "" if args.settings.dry_run else f"{out} was written and verified, its report was not"
+    try:
+        _publish(result.report, args)
+    except InputError as error:
+        raise InputError(f"{written}: {error}" if written else str(error)) from error
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(written) from None
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from onnx_optshift import optimize
+
+    _publish(optimize.inspect(args.files[0], args.calibration, args.settings, _progress(args)), args)
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from onnx_optshift import audit
+
+    original, changed = args.files
+    report = audit.compare(original, changed, args.calibration, args.settings, _progress(args))
+    _publish(report, args)
+    proof = report.verification
+    if proof is None or not proof.passed:
+        failed = [output for output in proof.outputs if not output.passed] if proof else []
+        names = ", ".join(f"{o.name!r} by {o.rel:.3g} (allowed {o.bound:.3g})" for o in failed)
+        raise ToleranceError(f"verify: outputs of the two models differ: {names or 'nothing was compared'}.")
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {SHIFT: _shift, INSPECT: _inspect, VERIFY: _verify}
+
+
+def _progress(args: argparse.Namespace) -> Progress:
+    from onnx_optshift.report.progress import progress_for
+
+    return progress_for(quiet=args.quiet, verbose=args.verbose)
+
+
+def _publish(report: Report, args: argparse.Namespace) -> None:
+    """Writes the report's files, then prints it: a reader that closes the pipe must not cost the files."""
+    from onnx_optshift.report import jsonfile
+
+    path: Path
+    for path in args.report:
+        jsonfile.write(report, path)
+    if args.quiet:
+        return
+    from rich.console import Console
+
+    from onnx_optshift.report import terminal
+
+    show = terminal.render_inspect if args.command == INSPECT else terminal.render
+    console = Console(highlight=False)
+    with console.capture() as text:
+        show(report, console, verbose=args.verbose)
+    _write(text.get())
+
+
+def _write(text: str) -> None:
+    """To standard output; a reader that has gone is no error, and the interpreter's own flush must not make it one."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # As the Python documentation has it (signal module, "Note on SIGPIPE").
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _say(message: str, *, verbose: bool) -> None:
+    """One message on standard error, after the traceback where that was asked for."""
+    with suppress(BrokenPipeError):
+        if verbose:
+            traceback.print_exc()
+        print(message, file=sys.stderr, flush=True)
+
+
+def _print_anything() -> None:
+    """Names in a model may hold what the terminal's encoding has no character for: shown as escapes, no crash."""
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")
+
+
+@contextmanager
+def _quiet_libraries(level: str, *, verbose: bool) -> Iterator[None]:
+    """Our log lines on standard error from `level` up; Python warnings of libraries only if verbose."""
+    logger = logging.getLogger("onnx_optshift")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    before = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(level.upper())
+    try:
+        with warnings.catch_warnings():
+            if not verbose:
+                warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)

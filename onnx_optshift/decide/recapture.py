@@ -1,0 +1,71 @@
+"""Layer by layer: each layer is solved for the inputs it really gets once earlier layers have moved.
+
+With rows A of the original model, rows A' of the model whose earlier layers are shifted, and the original target
+Z = A V, a layer may correct for what came before it: `min ||W||_F  s.t.  ||A'W - Z||_F <= eps ||Z||_F`. Around the
+least-squares solution `V* = (A'ᵀA')⁺ A'ᵀA V` this is the ball of `solve.error_ball` with the floor `||A'V* - Z||`.
+
+Costs two runs of the data for each layer, so it is tried only where there are few.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from onnx_optshift.calibration.source import Samples
+from onnx_optshift.graph.weights import Weight
+from onnx_optshift.layers import ROUNDING_UNIT, Arrays, Candidate, Layers, Solved
+from onnx_optshift.solve.error_ball import BallPath
+from onnx_optshift.solve.shift import Shift
+from onnx_optshift.solve.spectrum import factor
+from onnx_optshift.workbench import Workbench
+
+# Beyond this many layers the extra passes cost more than they have been seen to give.
+MOST_LAYERS = 32
+
+
+def layer_by_layer(bench: Workbench, layers: Layers, samples: Samples, residual: float) -> Candidate:
+    """Shifts of all weights in graph order, each for re-captured inputs and its original outputs.
+
+    Args:
+        bench: Captures.
+        layers: Solved in parallel, for the first layer and for the targets.
+        samples: Calibration data.
+        residual: Relative residual that each layer may have towards its original outputs.
+    """
+    solved: dict[str, Solved] = {}
+    for weight in layers.weights.values():
+        arrays = Candidate(solved, residual).arrays
+        if not arrays:
+            solved[weight.name] = layers.solve(weight, residual)
+            continue
+        solved[weight.name] = _solve(bench, layers, samples, weight, residual, arrays)
+    return Candidate(solved, residual)
+
+
+def _solve(
+    bench: Workbench, layers: Layers, samples: Samples, weight: Weight, residual: float, arrays: Arrays
+) -> Solved:
+    moved, cross = bench.collect_moved(weight, samples, arrays)
+    original = layers.solve(weight, residual)
+    if moved.nonfinite or moved.rows == 0 or not original.shift.norm_before:
+        return original
+    matrix = layers.matrix(weight)
+    spectrum = factor(moved)
+    inverse = torch.where(spectrum.eigenvalues > 0, 1 / spectrum.eigenvalues, 0.0)
+    # V* within the span of the new rows; beyond it the equation says nothing, and the smallest solution has nothing.
+    center = spectrum.basis @ (inverse[..., None] * spectrum.coordinates(cross @ matrix))
+    target = float((matrix * (layers.moments(weight).gram() @ matrix)).sum())
+    reached = float((spectrum.eigenvalues[..., None] * spectrum.coordinates(center).square()).sum())
+    scale = math.sqrt(max(target, 0.0))
+    floor = math.sqrt(max(target - reached, 0.0)) / scale if scale else 0.0
+    path = BallPath(spectrum, center, ROUNDING_UNIT[weight.dtype], floor=floor, scale=scale)
+    shift = path.at(max(residual, floor))
+    # Measured against the weight it replaces, not against the centre it was solved around.
+    before = Shift.unchanged(matrix, shift.outcome)
+    shift = replace(shift, norm_before=before.norm_before, range_before=before.range_before)
+    if not shift.outcome.moved:
+        return original
+    return layers.written(weight, shift)

@@ -1,0 +1,81 @@
+"""What may be relied on: the public names, and that nothing else leaks."""
+
+import inspect
+import subprocess
+import sys
+import types
+
+import pytest
+
+import onnx_optshift
+
+NAMES = {
+    "DeviceError",
+    "InputError",
+    "OptShiftError",
+    "Report",
+    "Settings",
+    "ToleranceError",
+    "__version__",
+    "inspect",
+    "shift",
+}
+
+
+def test_public_names():
+    assert set(onnx_optshift.__all__) == NAMES
+    assert set(dir(onnx_optshift)) == NAMES
+
+
+def test_every_public_name_resolves_and_is_documented():
+    for name in NAMES - {"__version__"}:
+        thing = getattr(onnx_optshift, name)
+        assert thing.__name__ == name
+        assert inspect.getdoc(thing)
+    assert isinstance(onnx_optshift.__version__, str)
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'shfit'"):
+        _ = onnx_optshift.shfit
+
+
+def test_nothing_but_submodules_leaks():
+    allowed = {"annotations", "import_module", "TYPE_CHECKING", "Any"}
+    leaked = {
+        name
+        for name, value in vars(onnx_optshift).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert leaked <= allowed
+
+
+def test_shift_takes_data_by_position_and_settings_by_name():
+    parameters = inspect.signature(onnx_optshift.shift).parameters
+    assert list(parameters)[:2] == ["model", "calibration"]
+    assert parameters["calibration"].default is None
+    assert parameters["heldout"].kind is inspect.Parameter.KEYWORD_ONLY
+    assert any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+
+
+def test_errors_share_a_base_and_carry_the_exit_status():
+    for error, code in (
+        (onnx_optshift.InputError, 2),
+        (onnx_optshift.DeviceError, 2),
+        (onnx_optshift.ToleranceError, 3),
+    ):
+        assert issubclass(error, onnx_optshift.OptShiftError)
+        assert error.exit_code == code
+
+
+@pytest.mark.parametrize("what", ["import onnx_optshift", "from onnx_optshift import Settings, Report, InputError"])
+def test_import_loads_nothing_heavy(what):
+    code = f"{what}\nimport sys\nprint(*sorted({{'torch', 'onnxruntime', 'onnx', 'numpy'}} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not found.stdout.strip()
+
+
+def test_import_test_would_notice():
+    code = "import onnx_optshift.geometry, sys; print('numpy' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "True"
