@@ -42,13 +42,13 @@ COMMANDS = {
         "outputs stayed, and writes OUT.",
         ("IN", "OUT"),
         f"""other commands:
-  {PROGRAM} {INSPECT} IN   layers, the freedom that the data leaves them, skips with reasons; writes no model
+  {PROGRAM} {INSPECT} IN   layers, their freedom, skips with reasons
   {PROGRAM} {VERIFY} A B   compares two models on data; drift per layer
 
 exit status:
-  0    done; a model with nothing to gain is written unchanged, and the summary says why
+  0    done; a model with nothing to gain is written unchanged, with the reason
   2    bad usage or bad input; nothing was written
-  3    outputs left the tolerance and backing off did not help; nothing was written
+  3    outputs left the tolerance, backing off did not help; nothing was written
   130  interrupted; nothing was written""",
     ),
     INSPECT: Command(
@@ -98,7 +98,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             f"{_NOT_YET}: this command is not available in this version; {INSPECT} and {VERIFY} are. "
             f"A model of that name can be given as ./{_NOT_YET}."
         )
-    parser = _parser(command)
+    parser = parser_for(command)
     words = words[command != SHIFT :]
     _refuse_unknown(parser, words)
     args = parser.parse_intermixed_args(words)
@@ -147,7 +147,8 @@ def _see(parser: argparse.ArgumentParser) -> str:
     return f"{parser.prog} -h lists all options."
 
 
-def _parser(command: str) -> argparse.ArgumentParser:
+def parser_for(command: str) -> argparse.ArgumentParser:
+    """The parser of one of `COMMANDS`, with all its options."""
     about = COMMANDS[command]
     parser = _Parser(
         prog=PROGRAM if command == SHIFT else f"{PROGRAM} {command}",
@@ -160,7 +161,7 @@ def _parser(command: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     listed = "the model; OUT: the file to write, may be IN" if command == SHIFT else "ONNX files"
-    parser.add_argument("files", nargs="*", type=Path, metavar=" ".join(about.files), help=listed)
+    parser.add_argument("files", nargs="*", type=Path, default=[], metavar=" ".join(about.files), help=listed)
     _data_options(parser.add_argument_group("data").add_argument, command)
     _choice_options(parser.add_argument_group("what to do").add_argument, command)
     _resource_options(parser.add_argument_group("resources").add_argument)

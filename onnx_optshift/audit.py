@@ -18,10 +18,10 @@ from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.layers import Candidate, Layers, Solved
 from onnx_optshift.proof import noise_floor, verification
-from onnx_optshift.publish import Published
 from onnx_optshift.report.model import Report, Verification
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.reporting import Clock, Findings, build_report
+from onnx_optshift.reporting import Outcome as FileOutcome
 from onnx_optshift.settings import Settings
 from onnx_optshift.solve.shift import Outcome, Shift
 from onnx_optshift.solve.spectrum import relative_residual
@@ -70,7 +70,7 @@ def compare(
         findings = replace(findings, layers=layers, decision=Decision(candidate, 0.0, samples))
     with clock("verify"):
         proof = _proof(bench, b.path, samples, candidate, settings)
-    return build_report(findings, Published(b.path, b.sha256, candidate, (), proof), clock, b.path)
+    return build_report(findings, FileOutcome(b.sha256, candidate, (), proof), clock, b.path)
 
 
 def _differs(a: ModelFile, b: ModelFile, weight: Weight) -> bool:
@@ -100,7 +100,7 @@ def _drift(layers: Layers, weight: Weight, changed: ModelFile) -> Solved:
     new = changed.initializer(weight.name)
     before = layers.matrix(weight)
     after = torch.from_numpy(np.ascontiguousarray(weight.form.to_matrix(new).astype(np.float64))).to(before.device)
-    shift = Shift.unchanged(before, Outcome.SHIFTED)
+    shift = Shift.unchanged(before, Outcome.SHIFTED, rank=layers.solve(weight, 0.0).shift.rank)
     residual = relative_residual(layers.spectrum(weight), before, after)
     moved = Shift.unchanged(after, Outcome.SHIFTED)
     return Solved(

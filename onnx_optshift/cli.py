@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # -h and --version
         return stop.code if isinstance(stop.code, int) else DONE
     except KeyboardInterrupt as interrupt:
-        _say(f"interrupted: {interrupt or 'nothing was written'}", verbose=False)
+        _say(f"interrupted: {str(interrupt) or 'nothing was written'}", verbose=False)
         return INTERRUPTED
     except OptShiftError as error:
         _say(f"error: {error}", verbose=verbose)
@@ -126,7 +126,8 @@ def _publish(report: Report, args: argparse.Namespace) -> None:
     console = Console(highlight=False)
     with console.capture() as text:
         show(report, console, verbose=args.verbose)
-    _write(text.get())
+    # Tables are padded to the full width, which only shows where the text is kept.
+    _write("\n".join(line.rstrip() for line in text.get().strip().splitlines()) + "\n")
 
 
 def _write(text: str) -> None:

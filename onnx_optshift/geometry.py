@@ -76,7 +76,22 @@ class PatchRows:
         return (*begins, *ends)
 
 
-RowForm = MatrixRows | PatchRows
+@dataclass(frozen=True)
+class AxisRows:
+    """Rows read off any tensor X along chosen axes: an Einsum that contracts several axes, or not the last one.
+
+    Attributes:
+        features: Axes that make up a row, the slowest first; negative ones count from the end.
+        groups: Axes that number the independent problems, in the same way. All other axes are more rows.
+        scale: Factor on the rows.
+    """
+
+    features: tuple[int, ...]
+    groups: tuple[int, ...] = ()
+    scale: float = 1.0
+
+
+RowForm = MatrixRows | PatchRows | AxisRows
 
 
 @dataclass(frozen=True)

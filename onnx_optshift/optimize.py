@@ -19,10 +19,10 @@ from onnx_optshift.decide import choose
 from onnx_optshift.decide.gate import Gate
 from onnx_optshift.errors import InputError
 from onnx_optshift.layers import Layers, merged
-from onnx_optshift.publish import copy_model, publish
+from onnx_optshift.publish import copy_model, write_and_prove
 from onnx_optshift.report.model import Report
 from onnx_optshift.report.progress import SILENT, Progress
-from onnx_optshift.reporting import Clock, Findings, build_report
+from onnx_optshift.reporting import Clock, Findings, Outcome, build_report
 from onnx_optshift.settings import Settings
 from onnx_optshift.workbench import Workbench, open_model, open_workbench
 
@@ -127,7 +127,7 @@ def run(
                 decision = _decide(bench, full, fit, gate, prepared, settings)
             findings = replace(findings, layers=full, decision=decision, gate=gate)
         with clock("verify"):
-            published = publish(
+            proved = write_and_prove(
                 bench,
                 findings.decision,
                 findings.layers,
@@ -135,8 +135,13 @@ def run(
                 external=settings.save_as_external_data,
                 seed=settings.seed,
             )
-        report = build_report(findings, published, clock, out)
-        return Result(report, published.path, stack.pop_all())
+        with proved.written as written:
+            # Whatever may still fail or be interrupted comes before the rename: OUT appears last.
+            report = build_report(
+                findings, Outcome(proved.sha256, proved.candidate, proved.reverted, proved.verification), clock, out
+            )
+            written.commit()
+        return Result(report, target, stack.pop_all())
 
 
 def inspect(
@@ -228,7 +233,9 @@ def _decide(
     if settings.tolerance == "auto":
         return choose.automatic(bench, full, fit, gate, prepared.calibration)
     if settings.tolerance > 0:
-        return choose.within(settings.tolerance, bench, full, fit, gate, prepared.calibration)
+        trial = prepared.fit if prepared.split else prepared.calibration
+        ways = choose.strategies(bench, full, prepared.calibration, fit, trial)
+        return choose.within(settings.tolerance, bench, ways, gate, prepared.calibration)
     return choose.exact(full, fit, gate, prepared.calibration)
 
 

@@ -1,4 +1,7 @@
-"""From a decision to a verified file: write beside, prove on the written file, back off if need be, then rename."""
+"""From a decision to a verified file: write beside, prove on the written file, back off if need be.
+
+What comes out still has its temporary name: the caller renames it when everything else that may fail is done.
+"""
 
 from __future__ import annotations
 
@@ -21,28 +24,28 @@ MOST_ATTEMPTS = 5
 
 
 @dataclass(frozen=True)
-class Published:
-    """A verified file.
+class Proved:
+    """A verified file beside its final place.
 
     Attributes:
-        path: Where it is.
+        written: To be committed or discarded.
         sha256: Of the model file.
         candidate: The shifts that are in it.
         reverted: Initializers put back because the outputs left the tolerance.
         verification: The proof; None when there was no data to run and the file is a byte-for-byte copy.
     """
 
-    path: Path
+    written: Written
     sha256: str
     candidate: Candidate
     reverted: tuple[str, ...]
     verification: Verification | None
 
 
-def publish(
+def write_and_prove(
     bench: Workbench, decision: Decision | None, layers: Layers | None, out: Path, *, external: bool, seed: int
-) -> Published:
-    """Writes a decision's shifts to OUT and proves the outputs on the written file before it gets its name.
+) -> Proved:
+    """Writes a decision's shifts beside OUT and proves the outputs on the written file.
 
     Args:
         bench: The original model.
@@ -69,11 +72,11 @@ def publish(
             difference = bench.deviation(decision.covered, {}, bench.session(written.temp_path))
             proof = verification(difference.results(), floor, decision.tolerance, attempts=attempt, reverted=reverted)
             if proof.passed:
-                sha256 = _sha256(written.temp_path)
-                written.commit()
-                return Published(out, sha256, candidate, reverted, proof)
-        finally:
-            written.discard()  # does nothing once committed
+                return Proved(written, _sha256(written.temp_path), candidate, reverted, proof)
+        except BaseException:
+            written.discard()
+            raise
+        written.discard()
         if not arrays:
             break
         if decision.tolerance > 0 and candidate.tolerance > 0 and attempt < MOST_ATTEMPTS - 1:
@@ -117,14 +120,9 @@ def _missed(proof: Verification) -> str:
     )
 
 
-def _copy(model: ModelFile, out: Path, *, external: bool) -> Published:
+def _copy(model: ModelFile, out: Path, *, external: bool) -> Proved:
     written = write_beside(model, {}, out, save_as_external=external)
-    try:
-        sha256 = _sha256(written.temp_path)
-        written.commit()
-    finally:
-        written.discard()
-    return Published(out, sha256, Candidate({}, 0.0), (), None)
+    return Proved(written, _sha256(written.temp_path), Candidate({}, 0.0), (), None)
 
 
 def copy_model(source: Path, out: Path) -> Path:
@@ -133,7 +131,9 @@ def copy_model(source: Path, out: Path) -> Path:
     Raises:
         InputError: The file cannot be read or written.
     """
-    return _copy(ModelFile.load(source), out, external=False).path
+    with write_beside(ModelFile.load(source), {}, out) as written:
+        written.commit()
+    return out
 
 
 def _sha256(path: Path) -> str:

@@ -22,7 +22,6 @@ from onnx_optshift.decide.gate import Gate
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.weights import Skip, Weight
 from onnx_optshift.layers import Candidate, Layers, Solved
-from onnx_optshift.publish import Published
 from onnx_optshift.report.model import (
     DataInfo,
     DeviceInfo,
@@ -93,12 +92,29 @@ class Findings:
     predicted_memory: int | None = None
 
 
-def build_report(findings: Findings, published: Published | None, clock: Clock, out: Path | None) -> Report:
-    """Puts the report of a run together; without a published file it is that of an inspection."""
-    candidate = published.candidate if published else (findings.decision.candidate if findings.decision else None)
-    layers = [_layer(weight, findings, published, candidate) for weight in findings.weights]
+@dataclass(frozen=True)
+class Outcome:
+    """What stands in the file that the report is about.
+
+    Attributes:
+        sha256: Of the model file.
+        candidate: The shifts that are in it.
+        reverted: Initializers put back because the outputs left the tolerance.
+        verification: The proof; None when there was no data to run.
+    """
+
+    sha256: str
+    candidate: Candidate
+    reverted: tuple[str, ...]
+    verification: Verification | None
+
+
+def build_report(findings: Findings, outcome: Outcome | None, clock: Clock, out: Path | None) -> Report:
+    """Puts the report of a run together; without an outcome it is that of an inspection."""
+    candidate = outcome.candidate if outcome else (findings.decision.candidate if findings.decision else None)
+    layers = [_layer(weight, findings, outcome, candidate) for weight in findings.weights]
     layers += [_skipped(skip) for skip in findings.skips]
-    proof = published.verification if published else None
+    proof = outcome.verification if outcome else None
     data = findings.data
     runtime, torch_version = versions()
     source = findings.model
@@ -115,7 +131,7 @@ def build_report(findings: Findings, published: Published | None, clock: Clock, 
             input=str(source.path) if source.path else "ModelProto",
             output=str(out) if out and not findings.settings.dry_run else None,
             sha256_in=source.sha256,
-            sha256_out=published.sha256 if published else None,
+            sha256_out=outcome.sha256 if outcome else None,
             opset=source.opset,
             ir_version=source.ir_version,
         ),
@@ -130,11 +146,11 @@ def build_report(findings: Findings, published: Published | None, clock: Clock, 
         heldout=_data_info(data.judge, split=data.split) if data and data.judge is not None else None,
         layers=tuple(layers),
         verification=proof,
-        heldout_result=_heldout(findings, candidate) if published else None,
+        heldout_result=_heldout(findings, candidate) if outcome else None,
         timing=clock.timing(),
         peak_memory_bytes=peak_memory(),
         warnings=data.warnings if data else (),
-        summary=_summary(findings, published, layers),
+        summary=_summary(findings, outcome, layers),
     )
 
 
@@ -156,7 +172,7 @@ def _data_info(samples: Samples, *, split: bool) -> DataInfo:
     )
 
 
-def _layer(weight: Weight, findings: Findings, published: Published | None, candidate: Candidate | None) -> LayerReport:
+def _layer(weight: Weight, findings: Findings, outcome: Outcome | None, candidate: Candidate | None) -> LayerReport:
     decision, layers = findings.decision, findings.layers
     common: dict[str, Any] = {
         "name": weight.name,
@@ -174,7 +190,7 @@ def _layer(weight: Weight, findings: Findings, published: Published | None, cand
     start = time.perf_counter()
     solved = candidate.solved.get(weight.name) or layers.solve(weight, decision.candidate.tolerance)
     moved = weight.name in candidate.arrays
-    status, reason = _status(weight.name, solved, moved, findings, published)
+    status, reason = _status(weight.name, solved, moved, findings, outcome)
     shift = solved.shift
     return LayerReport(
         **common,
@@ -184,9 +200,9 @@ def _layer(weight: Weight, findings: Findings, published: Published | None, cand
         reason=reason,
         tolerance=candidate.tolerance if moved else None,
         norm_before=shift.norm_before,
-        norm_after=shift.norm_after if moved or published is None else shift.norm_before,
+        norm_after=shift.norm_after if moved or outcome is None else shift.norm_before,
         range_before=shift.range_before,
-        range_after=shift.range_after if moved or published is None else shift.range_before,
+        range_after=shift.range_after if moved or outcome is None else shift.range_before,
         predicted_residual=shift.predicted_residual if moved else 0.0,
         measured_residual=solved.residual if moved else 0.0,
         frontier=tuple(FrontierPoint(*point) for point in layers.frontier(weight, FRONTIER)),
@@ -194,12 +210,12 @@ def _layer(weight: Weight, findings: Findings, published: Published | None, cand
     )
 
 
-def _status(name: str, solved: Solved, moved: bool, findings: Findings, published: Published | None) -> tuple[str, str]:
-    if published is None and solved.moved:
+def _status(name: str, solved: Solved, moved: bool, findings: Findings, outcome: Outcome | None) -> tuple[str, str]:
+    if outcome is None and solved.moved:
         return "unchanged", "inspection: this layer could be shifted"
     if moved:
         return "shifted", solved.shift.outcome.value
-    if published is not None and name in published.reverted:
+    if outcome is not None and name in outcome.reverted:
         return "rejected", "put back: the outputs left the tolerance"
     assert findings.decision is not None
     if name in findings.decision.rejected:
@@ -239,10 +255,10 @@ def _heldout(findings: Findings, candidate: Candidate | None) -> HeldoutResult |
     )
 
 
-def _summary(findings: Findings, published: Published | None, layers: list[LayerReport]) -> str:
+def _summary(findings: Findings, outcome: Outcome | None, layers: list[LayerReport]) -> str:
     candidates = [layer for layer in layers if layer.status != "skipped"]
     shifted = [layer for layer in candidates if layer.status == "shifted"]
-    if published is None:
+    if outcome is None:
         free = [layer for layer in candidates if layer.rank is not None and layer.d and layer.rank < layer.d]
         return f"{len(candidates)} layers, {len(free)} with freedom, {len(layers) - len(candidates)} skipped."
     if not candidates:
@@ -253,7 +269,7 @@ def _summary(findings: Findings, published: Published | None, layers: list[Layer
             "the held-out gate refused every shift" if rejected else "every layer's equation has only one solution left"
         )
         return f"Nothing to gain: {why}. The model was written unchanged."
-    return f"{len(shifted)} of {len(candidates)} layers shifted; {_proved(published.verification)}."
+    return f"{len(shifted)} of {len(candidates)} layers shifted; {_proved(outcome.verification)}."
 
 
 def _proved(proof: Verification | None) -> str:

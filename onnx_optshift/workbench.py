@@ -29,7 +29,7 @@ from onnx_optshift.layers import Arrays, Statistics
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.settings import Settings
 from onnx_optshift.stats.moments import InputMoments
-from onnx_optshift.stats.rows import observe
+from onnx_optshift.stats.rows import observe, to_rows
 from onnx_optshift.verify.compare import OutputsDifference
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ Outputs = dict[str, NDArray[Any]]
 
 # Large enough to keep matrix products efficient, small enough that one batch of activations stays modest.
 DEFAULT_BATCH_SIZE = 32
+# Rows that are in float64 at the same time where two captures are multiplied.
+ROWS_AT_ONCE = 8192
 # Outputs of the original model are kept up to this size, and computed again on each pass beyond it.
 KEPT_OUTPUT_BYTES = 512 * 2**20
 # Share of the memory that is free at the start which a run may take when --max-memory does not say.
@@ -215,10 +217,13 @@ class Workbench:
             before[tap] = to_rows(activation, tap).clone()
 
         def join(tap: Tap, _: Batch, activation: torch.Tensor) -> None:
-            for new, old in row_chunks(to_rows(activation, tap), before.pop(tap)):
+            pieces = zip(
+                to_rows(activation, tap).split(ROWS_AT_ONCE, 1), before[tap].split(ROWS_AT_ONCE, 1), strict=True
+            )
+            for new, old in pieces:
                 for _copy in range(copies[tap]):
                     moved.update(new)
-                    cross.baddbmm_(new.mT, old)
+                    cross.baddbmm_(new.mT.to(cross), old.to(cross))
 
         with self.progress.stage(f"capture again for {weight.name}", len(samples)) as advance:
             for batch in samples.batches(self.batch_size):

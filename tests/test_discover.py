@@ -404,19 +404,20 @@ def test_layers_inside_bodies_and_functions_are_listed() -> None:
 
 
 UNHANDLED = {
-    "ConvTranspose": ("y = ConvTranspose(x, W)", (3, 4, 2, 2), "not handled"),
-    "Einsum": ('y = Einsum<equation="ij,jk->ik">(x, W)', (4, 3), "not handled"),
-    "LSTM": ("y, h, c = LSTM<hidden_size=2>(x, W, R)", (1, 8, 4), "recurrent"),
+    "DeformConv": ("y = DeformConv(x, W, o)", (3, 4, 2, 2), "", "places"),
+    "MoE": ("y = com.microsoft.MoE(x, r, W, , V)", (2, 4, 4), "com.microsoft", "inside the operator"),
+    "PackedAttention": ("y = com.microsoft.PackedAttention(x, W, b, o, r)", (4, 12), "com.microsoft", "not handled"),
 }
 
 
 @pytest.mark.parametrize("case", list(UNHANDLED))
 def test_known_but_unhandled(case: str) -> None:
-    body, shape, reason = UNHANDLED[case]
-    tensors = {"W": tiny.weight(*shape)} | ({"R": tiny.weight(1, 8, 2)} if "R" in body else {})
-    _, skips = find(tiny.model(f"g (float x) => (float y) {{ {body} }}", tensors))
-    assert [skip.op_type for skip in skips] == [case] * len(tensors)
-    assert all(reason in skip.reason for skip in skips)
+    body, shape, domain, reason = UNHANDLED[case]
+    text = f"g (float x, float o, float r, float b, float V) => (float y) {{ {body} }}"
+    proto = tiny.model(text, {"W": tiny.weight(*shape)}, imports=', "com.microsoft":1' if domain else "")
+    skip = skipped(proto)
+    assert (skip.weight, skip.op_type) == ("W", case)
+    assert reason in skip.reason
 
 
 def test_quantized_weights_say_so() -> None:

@@ -17,9 +17,9 @@ ROWS = [
     ["settings", "report"],
     ["graph", "calibration", "stats", "arguments"],
     ["capture", "solve"],
-    ["verify", "layers", "data"],
+    ["verify", "quantize", "layers", "data"],
     ["workbench"],
-    ["decide", "proof"],
+    ["decide", "proof", "diagnose"],
     ["publish"],
     ["reporting"],
     ["optimize", "audit"],
@@ -28,7 +28,7 @@ ROWS = [
 ]
 # Who may import which library, anywhere in the module.
 BORDERS = {
-    "torch": {"capture", "stats", "solve", "layers", "workbench", "decide", "audit"},
+    "torch": {"capture", "stats", "solve", "quantize", "layers", "workbench", "decide", "diagnose", "audit"},
     "onnxruntime": {"capture.session"},
     "onnx_graphsurgeon": {"graph"},
     "onnx": {"graph", "calibration", "workbench", "optimize"},
@@ -49,7 +49,7 @@ def entry(module):
 
 
 def imported(source, known):
-    """Modules of the package, and names of libraries, that a source imports anywhere, under `if` and in functions too."""
+    """Modules of the package, and names of libraries, that a source imports, under `if` and in functions too."""
     ours, libraries = set(), set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from onnx_optshift.decide.share import AIM_HIGH, AIM_LOW, share_out
+from onnx_optshift.decide.share import AIM_HIGH, AIM_LOW, PART, share_out
 
 
 class Candidate:
@@ -45,7 +45,7 @@ RESPONSES = {
 def test_the_tolerance_is_used_and_kept(name, tolerance):
     response = RESPONSES[name]
     bench = Bench(response)
-    shared = share_out(bench, None, Candidate, tolerance)
+    shared = share_out(bench, [None] * 5, Candidate, tolerance)
     assert shared.deviation == response(shared.candidate.tolerance)
     assert shared.deviation <= AIM_HIGH * tolerance
     if response(0.9) > tolerance:  # else even the largest residual does not use it up
@@ -54,6 +54,27 @@ def test_the_tolerance_is_used_and_kept(name, tolerance):
 
 
 def test_where_nothing_fits_the_exact_shift_remains():
-    shared = share_out(Bench(lambda r: 0.5), None, Candidate, 0.01)
+    shared = share_out(Bench(lambda r: 0.5), [None] * 5, Candidate, 0.01)
     assert shared.candidate.tolerance == 0.0
     assert shared.deviation == 0.0
+
+
+def test_many_samples_are_searched_in_part_and_finished_in_whole():
+    class Samples(list):
+        def select(self, indices):
+            assert len(set(indices.tolist())) == PART
+            return "part"
+
+    class Twofold(Bench):
+        def deviation(self, samples, arrays):
+            seen.append(samples if isinstance(samples, str) else "whole")
+            # The part deviates less than the whole: what fits it must still be brought down.
+            self.response = (lambda r: r) if samples == "part" else (lambda r: 1.5 * r)
+            return super().deviation(samples, arrays)
+
+    seen = []
+    shared = share_out(Twofold(None), Samples(range(3 * PART)), Candidate, 0.01)
+    assert AIM_LOW * 0.01 <= shared.deviation <= AIM_HIGH * 0.01
+    assert shared.deviation == 1.5 * shared.candidate.tolerance
+    assert seen.count("whole") <= 3
+    assert "part" in seen

@@ -72,16 +72,18 @@ def measure(command: list[str], limit_gb: float, timeout: float) -> Run:
             preexec_fn=limit_memory,
             start_new_session=True,
         )
-        timed_out = False
-        while True:
-            pid, status, usage = os.wait4(child.pid, os.WNOHANG)
-            seconds = time.perf_counter() - start
-            if pid:
-                break
-            if seconds > timeout and not timed_out:
-                timed_out = True
+        timed_out, pid = False, 0
+        try:
+            while not pid:
+                pid, status, usage = os.wait4(child.pid, os.WNOHANG)
+                seconds = time.perf_counter() - start
+                if not pid and seconds > timeout and not timed_out:
+                    timed_out = True
+                    os.killpg(child.pid, signal.SIGKILL)
+                time.sleep(0 if pid else 0.01)
+        finally:
+            if not pid:  # interrupted: the child is in a session of its own and would go on
                 os.killpg(child.pid, signal.SIGKILL)
-            time.sleep(0.01)
         child.returncode = os.waitstatus_to_exitcode(status)  # else Popen would wait for a process that is gone
         errors.seek(0)
         stderr = errors.read()
@@ -247,6 +249,7 @@ def main() -> None:
     args.options = argv[split + 1 :]
     if args.repeats < 1 or min(args.samples) < 1:
         parser.error("--repeats and --samples start at 1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a child is not left behind
     if args.naive_out:
         naive(args.model, args.calibration, args.naive_out, args.samples[0], args.nodes_to_include)
     else:

@@ -35,7 +35,11 @@ def score(model: Path, data: dict[str, np.ndarray], labels: np.ndarray) -> tuple
         losses.append(batch_losses)
         right.append(batch_right)
     all_losses = np.concatenate(losses)
-    return float(np.concatenate(right).mean()), float(all_losses.mean()), float(all_losses.std() / math.sqrt(len(labels)))
+    return (
+        float(np.concatenate(right).mean()),
+        float(all_losses.mean()),
+        float(all_losses.std() / math.sqrt(len(labels))),
+    )
 
 
 def main() -> None:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.decide.draws import balanced_batch, batch_sizes
 from onnx_optshift.decide.gate import Gate, Judged, paired
+from onnx_optshift.decide.recapture import MOST_LAYERS, layer_by_layer
 from onnx_optshift.decide.share import share_out
 from onnx_optshift.errors import InputError
 from onnx_optshift.layers import Arrays, Candidate, Layers
@@ -65,33 +66,86 @@ def exact(full: Layers, fit: Layers, gate: Gate | None, samples: Samples) -> Dec
     return Decision(chosen, 0.0, samples, rejected, judged=_last_accepted(gate))
 
 
+@dataclass(frozen=True)
+class Strategy:
+    """A way to solve several layers that share one tolerance.
+
+    Attributes:
+        name: For the report.
+        full: Layer residual -> shifts solved on all calibration samples.
+        fit: The same on the samples that settings are tried on; the same function where none were split off.
+    """
+
+    name: str
+    full: Callable[[float], Candidate]
+    fit: Callable[[float], Candidate]
+
+
+def strategies(
+    bench: Workbench, full: Layers, samples: Samples, fit: Layers, fit_samples: Samples
+) -> tuple[Strategy, ...]:
+    """All layers against their original inputs; and, where they are few, layer by layer against re-captured ones."""
+    parallel = Strategy("all layers in parallel, against their original inputs", full.candidate, fit.candidate)
+    if not 1 < len(full.weights) <= MOST_LAYERS:
+        return (parallel,)
+
+    def again(layers: Layers, data: Samples) -> Callable[[float], Candidate]:
+        return lambda residual: layer_by_layer(bench, layers, data, residual)
+
+    on_all = again(full, samples)
+    on_fit = on_all if fit is full else again(fit, fit_samples)
+    return (parallel, Strategy("layer by layer, against re-captured inputs", on_all, on_fit))
+
+
 def within(
-    tolerance: float, bench: Workbench, full: Layers, fit: Layers, gate: Gate | None, samples: Samples
+    tolerance: float,
+    bench: Workbench,
+    ways: Sequence[Strategy],
+    gate: Gate | None,
+    samples: Samples,
 ) -> Decision:
-    """The largest shift whose outputs stay within the tolerance, backed off as far as the gate demands."""
-    shared = share_out(bench, samples, full.candidate, tolerance)
+    """The largest shift whose outputs stay within the tolerance, backed off as far as the gate demands.
+
+    Every strategy uses the tolerance up; the one that leaves the smaller weights is taken.
+    """
+    found = [(way, share_out(bench, samples, way.full, tolerance)) for way in ways]
+    way, shared = min(found, key=lambda entry: _squared_norm(entry[1].candidate))
     candidate = shared.candidate
-    note = f"layer residual {candidate.tolerance:.3g} gives model deviation {shared.deviation:.3g}"
+    notes = [
+        f"{other.name}: layer residual {s.candidate.tolerance:.3g}, model deviation {s.deviation:.3g}, "
+        f"squared norm {_squared_norm(s.candidate):.4f} of the original"
+        for other, s in found
+    ]
+    notes.append(f"taken: {way.name}")
     if gate is None:
-        return Decision(candidate, tolerance, samples, notes=(note,))
+        return Decision(candidate, tolerance, samples, notes=tuple(notes))
     residual = candidate.tolerance
     for halving in range(HALVINGS + 1):
-        trial = fit.candidate(residual) if fit is not full or halving else candidate
+        trial = way.fit(residual)
         if not trial.arrays:
             break
         verdict, _ = gate.judge(trial.arrays, f"all layers at residual {residual:.3g}", residual)
         if verdict.accepted:
-            chosen = candidate if halving == 0 else full.candidate(residual)
-            return Decision(chosen, tolerance, samples, notes=(note,), judged=verdict)
+            chosen = candidate if halving == 0 else way.full(residual)
+            return Decision(chosen, tolerance, samples, notes=tuple(notes), judged=verdict)
         residual /= 2
-    trial = fit.candidate(residual)
-    moved = list(trial.arrays)
+    # One layer's correction for another makes no sense without that other: groups are solved in parallel.
+    chosen, trial = ways[0].full(residual), ways[0].fit(residual)
     names, rejected = _groups(
-        gate, moved, lambda group: trial.only(group).arrays, residual, f"at residual {residual:.3g}"
+        gate, list(trial.arrays), lambda group: trial.only(group).arrays, residual, f"at residual {residual:.3g}"
     )
-    chosen = full.candidate(residual)
     chosen = chosen.only([*names, *_unmoved(chosen)])
-    return Decision(chosen, tolerance, samples, rejected, (note,), _last_accepted(gate))
+    return Decision(chosen, tolerance, samples, rejected, tuple(notes), _last_accepted(gate))
+
+
+def _squared_norm(candidate: Candidate) -> float:
+    """Mean over layers of ||W||^2 / ||V||^2: every layer counts alike, however large its numbers are."""
+    ratios = [
+        (solved.shift.norm_after / solved.shift.norm_before) ** 2 if solved.moved else 1.0
+        for solved in candidate.solved.values()
+        if solved.shift.norm_before > 0
+    ]
+    return sum(ratios) / len(ratios) if ratios else 1.0
 
 
 def automatic(bench: Workbench, full: Layers, fit: Layers, gate: Gate | None, samples: Samples) -> Decision:

@@ -10,53 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
 
 import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_optshift.geometry import WeightForm
-from onnx_optshift.graph import conv, gemm, matmul
 from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.graph.operators import MICROSOFT, QUANTIZED, operator_of
 from onnx_optshift.graph.passthrough import QUANTIZATION, constant_integers, passed_through
 from onnx_optshift.graph.scopes import Scopes, domain_of
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.graph.tensors import FLOAT_TYPES, type_name
-from onnx_optshift.graph.weights import Match, Matcher, Skip, Use, Weight, display_name
-
-_MICROSOFT: Final = "com.microsoft"
-# Operators that are understood: (domain, operator) -> (operands that can be the weight, matcher).
-MATCHERS: Final[dict[tuple[str, str], tuple[tuple[int, ...], Matcher]]] = {
-    ("", "Gemm"): (gemm.OPERANDS, gemm.match),
-    (_MICROSOFT, "FusedGemm"): (gemm.OPERANDS, gemm.match),
-    ("", "MatMul"): (matmul.OPERANDS, matmul.match),
-    (_MICROSOFT, "FusedMatMul"): (matmul.OPERANDS, matmul.match),
-    ("", "Conv"): (conv.OPERANDS, conv.match),
-    (_MICROSOFT, "FusedConv"): (conv.OPERANDS, conv.match),
-}
-_QUANTIZED: Final = "already quantized"
-_UNHANDLED: Final = "this operator is not handled"
-# Linear operators that are known, but not handled: (domain, operator) -> (operands that can be the weight, reason).
-UNHANDLED: Final[dict[tuple[str, str], tuple[tuple[int, ...], str]]] = {
-    ("", "ConvTranspose"): ((1,), _UNHANDLED),
-    ("", "DeformConv"): ((1,), _UNHANDLED),
-    ("", "LSTM"): ((1, 2), "recurrent: its inputs over time are inside the operator"),
-    ("", "GRU"): ((1, 2), "recurrent: its inputs over time are inside the operator"),
-    ("", "RNN"): ((1, 2), "recurrent: its inputs over time are inside the operator"),
-    ("", "Einsum"): (tuple(range(8)), _UNHANDLED),
-    ("", "MatMulInteger"): ((0, 1), _QUANTIZED),
-    ("", "QLinearMatMul"): ((0, 3), _QUANTIZED),
-    ("", "QLinearConv"): ((3,), _QUANTIZED),
-    ("", "ConvInteger"): ((1,), _QUANTIZED),
-    (_MICROSOFT, "Attention"): ((1,), _UNHANDLED),
-    (_MICROSOFT, "QAttention"): ((1,), _QUANTIZED),
-    (_MICROSOFT, "QGemm"): ((3,), _QUANTIZED),
-    (_MICROSOFT, "MatMulNBits"): ((1,), _QUANTIZED),
-    (_MICROSOFT, "MatMulBnb4"): ((1,), _QUANTIZED),
-    (_MICROSOFT, "MatMulIntegerToFloat"): ((1,), _QUANTIZED),
-    (_MICROSOFT, "DynamicQuantizeMatMul"): ((1,), _QUANTIZED),
-    (_MICROSOFT, "DynamicQuantizeLSTM"): ((1, 2), _QUANTIZED),
-}
+from onnx_optshift.graph.weights import Match, Skip, Use, Weight, display_name
 
 
 @dataclass(frozen=True)
@@ -125,7 +90,8 @@ class _Finder:
     def unnamed(self) -> Iterator[tuple[int, Skip]]:
         """Linear layers whose weight is constant, but no tensor of the main graph. Comes after `named`."""
         for node in self._scopes.nodes:
-            for operand in _weight_operands(node):
+            operator = operator_of(node)
+            for operand in operator.operands if operator else ():
                 value = node.inputs[operand] if operand < len(node.inputs) else None
                 if value is None or not value.name or not self._scopes.is_constant(value):
                     continue
@@ -148,9 +114,9 @@ class _Finder:
         """The one form and all uses of a constant, or why it must stay."""
         shape = tuple(tensor.dims)
         if any(reading.quantized for reading in readings) or tensor.data_type not in FLOAT_TYPES:
-            _, reason = UNHANDLED.get((domain_of(first), first.op), ((), ""))
-            if any(reading.quantized for reading in readings) or reason == _QUANTIZED:
-                return f"{_QUANTIZED} ({type_name(tensor)})"
+            operator = operator_of(first)
+            if any(reading.quantized for reading in readings) or (operator and operator.reason == QUANTIZED):
+                return f"{QUANTIZED} ({type_name(tensor)})"
             return f"its type is {type_name(tensor)}, not a floating type"
         if 0 in shape:
             return f"its shape {list(shape)} is empty"
@@ -163,20 +129,20 @@ class _Finder:
         form = matches[0].form
         for match in matches:
             if match.form != form:
-                one, two = matches[0].use, match.use
+                one, two = matches[0].uses[0], match.uses[0]
                 return (
                     f"{one.op_type} node {one.node!r} and {two.op_type} node {two.node!r} read it as different matrices"
                 )
-        return form, tuple(match.use for match in matches)
+        return form, tuple(use for match in matches for use in match.uses)
 
     def _match(self, reading: _Reading) -> Match | str:
         node = reading.node
-        if node is None or not self._is_layer(reading):
+        operator = operator_of(node) if node is not None else None
+        if node is None or operator is None or not self._is_layer(reading):
             return f"also read by {reading.reader}"
         if id(node) in self._scopes.body_of:
             return f"inside {self._scopes.body_of[id(node)]}: its input is not captured"
-        key = (domain_of(node), node.op)
-        return UNHANDLED[key][1] if key in UNHANDLED else MATCHERS[key][1](node, reading.operand, reading.form)
+        return operator.matcher(node, reading.operand, reading.form) if operator.matcher else operator.reason
 
     def _readings(self, value: gs.Tensor, form: WeightForm) -> Iterator[_Reading]:
         """All ends of the ways that a constant takes through nodes that only rearrange it."""
@@ -208,26 +174,18 @@ class _Finder:
                         yield _Reading(reader, node, operand, form, quantized)
 
     def _behind(self, node: gs.Node, operand: int, form: WeightForm) -> WeightForm | None:
-        if domain_of(node) and not (domain_of(node) == _MICROSOFT and node.op in QUANTIZATION):
+        if domain_of(node) and not (domain_of(node) == MICROSOFT and node.op in QUANTIZATION):
             return None
         return passed_through(node, operand, form, self._integers)
 
     def _is_layer(self, reading: _Reading) -> bool:
         """Whether a linear operator multiplies something computed with the constant."""
-        node = reading.node
-        if node is None or reading.operand not in _weight_operands(node):
-            return False
-        return self._has_activation(node, reading.operand)
+        return reading.node is not None and self._has_activation(reading.node, reading.operand)
 
     def _has_activation(self, node: gs.Node, operand: int) -> bool:
-        """Whether what meets the weight at this operand is computed. A computed bias does not count."""
-        others = [value for index, value in enumerate(node.inputs) if index != operand]
-        if (domain_of(node), node.op) in MATCHERS:
-            others = others[:1]  # the other one of the first two operands
+        """Whether the operand can be a weight, and what meets it there is computed. A computed bias does not count."""
+        operator = operator_of(node)
+        if operator is None or operand not in operator.operands:
+            return False
+        others = [node.inputs[index] for index in operator.activations(operand) if index < len(node.inputs)]
         return any(value.name and not self._scopes.is_constant(value) for value in others)
-
-
-def _weight_operands(node: gs.Node) -> tuple[int, ...]:
-    key = (domain_of(node), node.op)
-    known = MATCHERS.get(key) or UNHANDLED.get(key)
-    return known[0] if known else ()

@@ -237,7 +237,11 @@ def _with_graph_name(data: bytes, proto: onnx.ModelProto) -> bytes:
 
 
 def _check_names(model: ModelFile) -> None:
-    """Insists that names are text: protobuf hands out bytes for what is not UTF-8."""
+    """Insists that names are text: protobuf hands out bytes for what is not UTF-8.
+
+    Raises:
+        InputError: A name is not.
+    """
     graph = model.proto.graph
     names = [value.name for value in (*graph.input, *graph.output, *graph.initializer)]
     for node in Scopes.of(model.graph).nodes:

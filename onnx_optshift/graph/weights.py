@@ -89,15 +89,15 @@ class Match:
     """What a matcher makes of one weight operand.
 
     Attributes:
-        use: The use.
+        uses: The uses: one, or more where the operand meets several activations.
         form: The finished form, with the result shape `[g, d, m]`.
     """
 
-    use: Use
+    uses: tuple[Use, ...]
     form: WeightForm
 
 
-# (node, index of the weight operand, form of the weight at that operand) -> the use, or why it cannot be one.
+# (node, index of the weight operand, form of the weight at that operand) -> its uses, or why there are none.
 Matcher = Callable[[gs.Node, int, WeightForm], "Match | str"]
 
 
@@ -122,7 +122,7 @@ def make_match(node: gs.Node, activation: int, form: WeightForm, tap_form: Any) 
     groups, width, _ = form.result_shape
     tap = Tap(node.inputs[activation].name, tap_form, groups, width)
     output = next((str(value.name) for value in node.outputs if value.name), "")
-    return Match(Use(display_name(node), node.op, tap, output), form)
+    return Match((Use(display_name(node), node.op, tap, output),), form)
 
 
 def attribute(node: gs.Node, name: str, default: _Value) -> _Value:

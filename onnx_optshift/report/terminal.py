@@ -227,9 +227,10 @@ def _tail(report: Report, console: Console) -> None:
 
 
 def _facts(console: Console, rows: Sequence[tuple[str, str]]) -> None:
-    """Labelled lines; long ones wrap beside their label, and below it where a word is longer than the line."""
+    """A blank line and labelled lines; long ones wrap beside their label, and inside a word if it must be."""
     if not rows:
         return
+    console.print()
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, min_width=11)
     grid.add_column(overflow="fold")

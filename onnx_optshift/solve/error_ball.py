@@ -1,10 +1,10 @@
-"""The smallest weight within a tolerance: `min ‖W‖_F  subject to  ‖A(W − V)‖_F <= ε ‖AV‖_F`.
+"""The smallest weight within a tolerance: `min ‖W‖_F  subject to  ‖A(W - V)‖_F <= ε ‖AV‖_F`.
 
 Stationarity gives `(AᵀA + μI) W = AᵀA V`, in the eigenbasis `W = U diag(λ/(λ+μ)) C`. The multiplier is the root of
 the secular equation `Σ (μ/(λᵢ+μ))² λᵢ‖cᵢ‖² = ε² Σ λᵢ‖cᵢ‖²`, its left side increasing in μ. One factorization and one
 product UᵀV serve every ε: each costs O(r) for the root and one product for W. ε → 0 is the exact shift.
 
-With ν = 1/μ the residual is `h(ν) = √(Σ eᵢ/(1+νλᵢ)²)`, and `1/h − 1/radius` is increasing and concave in ν: the form in
+With t = 1/μ the residual is `h(t) = √(Σ eᵢ/(1+tλᵢ)²)`, and `1/h - 1/radius` is increasing and concave in t: the form in
 which a trust-region step is solved for (Conn, Gould, Toint, "Trust-Region Methods", section 7.3; Moré and Sorensen
 1983). Newton from the left of the root therefore neither overshoots nor needs a safeguard.
 """
@@ -17,9 +17,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from onnx_optshift.errors import InputError
 from onnx_optshift.solve import min_norm
-from onnx_optshift.solve.shift import Outcome, Shift, largest_entry, least_gain, obstacle
+from onnx_optshift.solve.shift import Outcome, Shift, check_tolerance, largest_entry, least_gain, obstacle
 from onnx_optshift.solve.spectrum import Coordinates, Spectrum
 
 _ROOT_ACCURACY = 1e-13  # of the residual, relative to the radius
@@ -30,8 +29,8 @@ class BallPath:
     """The solutions around one centre for every tolerance, from one factorization.
 
     Without `scale` and `floor` the centre is the layer's weight V. They serve a layer whose input has moved: with new
-    rows A' and the outputs Z that are wanted, `‖A'W − Z‖² = ‖A'(W − V*)‖² + ‖A'V* − Z‖²` around the least-squares
-    solution V*, so that the same ball serves with `scale = ‖Z‖_F` and `floor = ‖A'V* − Z‖_F / ‖Z‖_F`.
+    rows A' and the outputs Z that are wanted, `‖A'W - Z‖² = ‖A'(W - V*)‖² + ‖A'V* - Z‖²` around the least-squares
+    solution V*, so that the same ball serves with `scale = ‖Z‖_F` and `floor = ‖A'V* - Z‖_F / ‖Z‖_F`.
 
     Args:
         spectrum: Eigenbasis of the rows.
@@ -64,10 +63,8 @@ class BallPath:
 
         Args:
             tolerance: ε, the largest residual relative to the scale.
-
-        Raises:
-            InputError: The tolerance is negative or not a number.
         """
+        check_tolerance(tolerance)
         coordinates = self._coordinates
         blocked = obstacle(coordinates)
         if blocked is not None:
@@ -101,8 +98,6 @@ class BallPath:
 
     def _factors(self, tolerance: float) -> tuple[Tensor, int] | None:
         """λ/(λ+μ) of the kept directions and Newton's iterations; None when the exact shift is the solution."""
-        if not tolerance >= 0:
-            raise InputError(f"tolerance {tolerance!r} is not usable. Give a number from 0 (exact) up, such as 0.01.")
         room = (tolerance**2 - self._floor**2) * self._scale**2 - self._coordinates.dropped
         if room <= 0:
             return None
@@ -132,19 +127,14 @@ def solve(spectrum: Spectrum, matrix: Tensor, tolerance: float, rounding_unit: f
     Args:
         spectrum: Eigenbasis of the layer's rows.
         matrix: V `[g, d, m]`.
-        tolerance: ε = ‖A(W − V)‖_F / ‖AV‖_F, at most.
+        tolerance: ε = ‖A(W - V)‖_F / ‖AV‖_F, at most.
         rounding_unit: Of the dtype in which the weight is stored.
-
-    Raises:
-        InputError: The tolerance is negative or not a number.
     """
-    if not tolerance >= 0:
-        raise InputError(f"tolerance {tolerance!r} is not usable. Give a number from 0 (exact) up, such as 0.01.")
     return BallPath(spectrum, matrix, rounding_unit).at(tolerance)
 
 
 def secular_root(eigenvalues: Tensor, energies: Tensor, radius: float) -> tuple[float, int]:
-    """The ν = 1/μ > 0 at which `√(Σ eᵢ/(1+νλᵢ)²) = radius`.
+    """The t = 1/μ > 0 at which `√(Σ eᵢ/(1+tλᵢ)²) = radius`.
 
     Args:
         eigenvalues: λ `[k]`, positive.
@@ -161,7 +151,7 @@ def secular_root(eigenvalues: Tensor, energies: Tensor, radius: float) -> tuple[
         terms = energies * inverse**2
         square = float(terms.sum())
         residual = math.sqrt(square)
-        # d(1/h)/dν = Σ λ e/(1+νλ)³ / h³
+        # d(1/h)/dt = Σ λ e/(1+tλ)³ / h³
         slope = float((eigenvalues * terms * inverse).sum()) / (square * residual)
         step = (1 / radius - 1 / residual) / slope
         root += step

@@ -36,7 +36,7 @@ def solve_in(coordinates: Coordinates, *, residual: float | None = None) -> Shif
     """
     matrix, rank = coordinates.matrix, coordinates.rank
     blocked = obstacle(coordinates)
-    if blocked is None and bool(coordinates.kept.sum(-1).eq(coordinates.spectrum.width).all()):
+    if blocked is None and coordinates.full_rank:
         blocked = Outcome.FULL_RANK
     if blocked is None:
         norm = float(matrix.square().sum())

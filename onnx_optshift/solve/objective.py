@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from onnx_optshift.errors import InputError, closest
-from onnx_optshift.solve import error_ball
+from onnx_optshift.solve import error_ball, quant_range
 from onnx_optshift.solve.shift import Shift
 from onnx_optshift.solve.spectrum import Spectrum
 
@@ -16,6 +16,7 @@ Objective = Callable[[Spectrum, Tensor, float, float], Shift]
 
 OBJECTIVES: Mapping[str, Objective] = {
     "norm": error_ball.solve,
+    "range": quant_range.solve,
 }
 
 

@@ -9,6 +9,7 @@ from enum import Enum
 import torch
 from torch import Tensor
 
+from onnx_optshift.errors import InputError
 from onnx_optshift.solve.spectrum import Coordinates, relative_residual
 
 # Smallest fall of ‖W‖² (or of the range), relative, that is worth new bytes in the file. It lies above what rounding
@@ -29,7 +30,7 @@ class Outcome(Enum):
         "Only a tolerance above 0 leaves room for another weight"
     )
     ALREADY_MINIMAL = (
-        "nothing to gain: the smallest solution is the weight itself. (a) The model was shifted before. "
+        "nothing to gain: no solution is noticeably smaller than the weight itself. (a) The model was shifted before. "
         "(b) Training with weight decay had already removed what no row reaches. (c) The tolerance is too small"
     )
     NO_ROWS = (
@@ -62,7 +63,7 @@ class Shift:
         rank: Directions kept, in the group that keeps fewest.
         norm_before: ‖V‖_F.
         norm_after: ‖W‖_F.
-        predicted_residual: ‖A(W − V)‖_F / ‖AV‖_F (or / the scale that was given), from the eigenvalues.
+        predicted_residual: ‖A(W - V)‖_F / ‖AV‖_F (or / the scale that was given), from the eigenvalues.
         range_before: Largest max|V| of an output channel.
         range_after: Largest max|W| of an output channel.
         iterations: Of the solver; 0 for a closed form.
@@ -148,3 +149,14 @@ def obstacle(coordinates: Coordinates) -> Outcome | None:
 def least_gain(rounding_unit: float) -> float:
     """Smallest relative fall of ‖W‖² that is not undone by rounding the weight to its dtype."""
     return max(MIN_GAIN, rounding_unit**2)
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Checks a residual tolerance.
+
+    Raises:
+        InputError: It is negative or not a number.
+    """
+    # Not <, or NaN would pass.
+    if not tolerance >= 0:
+        raise InputError(f"tolerance {tolerance!r} is not usable. Give a number from 0 (exact) up, such as 0.01.")

@@ -1,6 +1,6 @@
 """The eigenbasis of the rows' second moment: computed once, used by every objective and every tolerance.
 
-`AᵀA = U diag(λ) Uᵀ`. In coordinates `C = UᵀV` the equation decouples: `‖A(W − V)‖² = Σ λᵢ ‖(UᵀW)ᵢ − cᵢ‖²`, so that
+`AᵀA = U diag(λ) Uᵀ`. In coordinates `C = UᵀV` the equation decouples: `‖A(W - V)‖² = Σ λᵢ ‖(UᵀW)ᵢ - cᵢ‖²`, so that
 row i of C is free where λᵢ = 0, and matters by its energy `λᵢ‖cᵢ‖²` elsewhere.
 """
 
@@ -128,13 +128,18 @@ class Coordinates:
         return int(self.kept.sum(-1).min())
 
     @property
+    def full_rank(self) -> bool:
+        """Whether every group keeps all d directions, so that A W = A V has only one solution."""
+        return self.rank == self.spectrum.width
+
+    @property
     def total(self) -> float:
         """‖AV‖_F²."""
         return float(self.energies.sum())
 
     @property
     def dropped(self) -> float:
-        """‖A(W − V)‖_F² when W loses exactly the directions that are not kept."""
+        """‖A(W - V)‖_F² when W loses exactly the directions that are not kept."""
         return float(self.energies[~self.kept].sum())
 
     def combine(self, factors: Tensor) -> Tensor:
@@ -147,7 +152,7 @@ class Coordinates:
 
 
 def relative_residual(spectrum: Spectrum, before: Tensor, after: Tensor) -> float:
-    """‖A(W − V)‖_F / ‖A V‖_F of any two matrices, from the eigenbasis alone.
+    """‖A(W - V)‖_F / ‖A V‖_F of any two matrices, from the eigenbasis alone.
 
     Args:
         spectrum: Eigenbasis of the rows.

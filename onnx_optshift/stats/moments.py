@@ -9,6 +9,8 @@ float32's own rounding unit. Accumulating in float32 would resolve 1e-3.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -162,5 +164,5 @@ def _add_product(upper: Tensor, rows: Tensor) -> None:
     width = rows.shape[2]
     blocks = max(1, min(_MAX_BLOCKS, width // _MIN_BLOCK))
     edges = [width * k // blocks for k in range(blocks + 1)]
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         upper[:, start:stop, start:].baddbmm_(rows[..., start:stop].mT, rows[..., start:])

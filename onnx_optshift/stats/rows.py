@@ -1,47 +1,49 @@
 """Activations as rows: what geometry says about a tap, done to tensors.
 
-Every form is first a view whose axes are `[*group, *row, *feature]`; reshaping it gives the rows `[g, n, d]`, slicing
-it gives a few of them without the rest. im2col is such a view too, so that patches exist only chunk by chunk.
+Every form is first a view whose axes are `[*group, *row, *feature]`: reshaped it is the rows `[g, n, d]`, sliced it
+is a few of them without the rest. So an activation never exists as a whole in float64, nor patches all at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from onnx_optshift.errors import InputError
-from onnx_optshift.geometry import MatrixRows, PatchRows, Tap
-from onnx_optshift.stats import lags
+from onnx_optshift.geometry import AxisRows, MatrixRows, PatchRows, Tap
 from onnx_optshift.stats.moments import InputMoments
+from onnx_optshift.stats.patches import check_images, lag_axis, outputs, patch_gram, patch_view
 
-# Rows in float64 exist in pieces of about this size: large enough for full speed, small beside the activations.
+# Rows in float64 exist in pieces of about this size: enough for full speed, little beside the activations.
 CHUNK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class _RowView:
-    """A view `[*group, *row, *feature]` of an activation, and how many axes are which."""
+    """A view of an activation.
+
+    Attributes:
+        tensor: `[*group, *row, *feature]`.
+        group_axes: How many axes count groups.
+        feature_axes: How many axes make up a row.
+    """
 
     tensor: Tensor
     group_axes: int
     feature_axes: int
 
-    @property
-    def rows(self) -> int:
-        return math.prod(self.tensor.shape[self.group_axes : self.tensor.ndim - self.feature_axes])
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The view, or a slice of it along its row axes, as `[g, n, d]`."""
+        first, last = self.group_axes, tensor.ndim - self.feature_axes
+        shape = tensor.shape
+        return tensor.reshape(math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:]))
 
-    def as_rows(self, tensor: Tensor) -> Tensor:
-        groups = math.prod(tensor.shape[: self.group_axes])
-        width = math.prod(tensor.shape[tensor.ndim - self.feature_axes :])
-        rows = math.prod(tensor.shape[self.group_axes : tensor.ndim - self.feature_axes])
-        return tensor.reshape(groups, rows, width)
-
-    def chunks(self, limit: int) -> Iterator[Tensor]:
-        """Slices of the view along its row axes, of at most `limit` rows each."""
+    def slices(self, limit: int) -> Iterator[Tensor]:
+        """Slices along the row axes, of at most `limit` rows each."""
         return _slices(self.tensor, self.group_axes, self.tensor.ndim - self.feature_axes, limit)
 
 
@@ -59,14 +61,14 @@ def to_rows(activation: Tensor, tap: Tap) -> Tensor:
         InputError: The activation does not have the tap's shape.
     """
     view = _view(activation, tap)
-    rows = view.as_rows(view.tensor)
+    rows = view.rows(view.tensor)
     return rows if tap.form.scale == 1 else rows * tap.form.scale
 
 
 def observe(moments: InputMoments, tap: Tap, activation: Tensor) -> None:
     """Adds the rows of one activation to the moments of its tap, in float64 and bounded memory.
 
-    An activation with NaN or infinity in it is only counted, in `moments.nonfinite`.
+    An activation that contains NaN or infinity is not added: its elements that are not finite are counted.
 
     Args:
         moments: To be added to.
@@ -76,27 +78,114 @@ def observe(moments: InputMoments, tap: Tap, activation: Tensor) -> None:
     Raises:
         InputError: The activation does not have the tap's shape.
     """
+    form = tap.form
     if activation.numel() == 0:
-        _view(activation, tap)  # nothing to add, but a wrong shape is still an error
+        _view(activation, tap)  # brings no rows; a wrong shape is an error all the same
         return
-    # NaN is the least and the greatest of anything it is in: one pass, no mask of the activation's size.
+    # NaN is the least and the greatest of anything it is in: one pass, and no mask of the activation's size.
     if not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(activation)):
         moments.nonfinite += activation.numel() - int(torch.isfinite(activation).sum())
         return
+
     limit = max(1, CHUNK_BYTES // (8 * tap.groups * tap.width))
-    form = tap.form
+    parts: Sequence[Tensor] = (activation,)
     if isinstance(form, PatchRows):
-        images = _checked_images(activation, form, tap)
-        out = form_outputs(images, form)
-        if lags.pays(form, tap.width, out) and moments.rows + len(images) * math.prod(out) > tap.width:
-            ...
-        # Padding copies: by as many images at a time as make a chunk.
-        parts = images.split(max(1, limit // max(1, math.prod(out))))
-    else:
-        parts = (activation,)
+        check_images(activation, form, tap)
+        per_image = math.prod(outputs(activation, form))
+        rows = len(activation) * per_image
+        axis = lag_axis(activation, form)
+        if axis is not None and moments.rows + rows > tap.width:
+            gram, total = patch_gram(activation, form, axis, device=moments.device, chunk_bytes=CHUNK_BYTES)
+            moments.update_gram(gram * form.scale**2, total * form.scale, rows)
+            return
+        parts = torch.split(activation, max(1, limit // per_image))  # padding copies: only these images at a time
     for part in parts:
         view = _view(part, tap)
-        for piece in view.chunks(limit):
-            rows = view.as_rows(piece.to(moments.device, torch.float64))
-            # The factor goes on after the conversion: half precision would round it.
-            moments.update(rows if form.scale == 1 else rows * form.scale)
+        for piece in view.slices(limit):
+            # Conversion and copy in one pass: a cast alone keeps the strides of im2col, and reshaping copies again.
+            rows64 = view.rows(piece.to(moments.device, torch.float64, memory_format=torch.contiguous_format))
+            # The factor follows the conversion: in half precision it would be rounded away.
+            moments.update(rows64 if form.scale == 1 else rows64 * form.scale)
+
+
+def _view(activation: Tensor, tap: Tap) -> _RowView:
+    form = tap.form
+    if isinstance(form, PatchRows):
+        check_images(activation, form, tap)
+        return _RowView(patch_view(activation, form), 1, 1 + len(form.kernel))
+    if isinstance(form, AxisRows):
+        return _axis_view(activation, form, tap)
+    return _matrix_view(activation, form, tap)
+
+
+def _axis_view(activation: Tensor, form: AxisRows, tap: Tap) -> _RowView:
+    """Any tensor as `[*groups, 1, *other axes, *features]`: the 1 makes a row where there is no other axis.
+
+    Raises:
+        InputError: The axes do not exist or have other sizes.
+    """
+    shape, axes = activation.shape, (*form.groups, *form.features)
+    fits = all(-len(shape) <= axis < len(shape) for axis in axes)
+    if (
+        not fits
+        or math.prod(shape[axis] for axis in form.groups) != tap.groups
+        or math.prod(shape[axis] for axis in form.features) != tap.width
+    ):
+        raise InputError(
+            f"value {tap.value!r} has shape {list(shape)}, but its layer reads {tap.groups} group(s) from the axes "
+            f"{list(form.groups)} and rows of {tap.width} from the axes {list(form.features)}. Check that the "
+            "calibration inputs have the shapes that the model was exported for."
+        )
+    groups, features = ([axis % len(shape) for axis in some] for some in (form.groups, form.features))
+    free = [axis for axis in range(len(shape)) if axis not in {*groups, *features}]
+    return _RowView(activation.permute(*groups, *free, *features).unsqueeze(len(groups)), len(groups), len(features))
+
+
+def _matrix_view(activation: Tensor, form: MatrixRows, tap: Tap) -> _RowView:
+    """A matrix operand `[*leading, n, d]` as `[*batch, *leading not in batch, n, d]`.
+
+    MatMul broadcasts the leading axes of X against those of the weight, aligned at the right. Where X is short or has
+    a 1, each matrix of the weight meets the same rows; where the weight has a 1 or no axis, X brings more rows.
+
+    Raises:
+        InputError: The width or the leading axes do not fit.
+    """
+    tensor = activation
+    if tensor.ndim == 1:
+        tensor = tensor[None]
+    elif tensor.ndim and form.feature_axis == -2:
+        tensor = tensor.mT
+    if tensor.ndim == 0 or tensor.shape[-1] != tap.width:
+        which = "only" if activation.ndim == 1 else "last" if form.feature_axis == -1 else "second to last"
+        raise InputError(
+            f"value {tap.value!r} has shape {list(activation.shape)}, but its layer reads rows of {tap.width} from its "
+            f"{which} axis. Check that the calibration inputs have the shapes that the model was exported for."
+        )
+    batch = form.batch
+    missing = len(batch) - (tensor.ndim - 2)
+    tensor = tensor[(None,) * max(0, missing)]
+    leading = tensor.ndim - 2
+    aligned = range(leading - len(batch), leading)
+    sizes = list(tensor.shape)
+    for axis, size in zip(aligned, batch, strict=True):
+        if sizes[axis] == 1:
+            sizes[axis] = size
+        elif size not in {1, sizes[axis]}:
+            raise InputError(
+                f"value {tap.value!r} has shape {list(activation.shape)}, whose leading axes do not broadcast against "
+                f"the {list(batch)} matrices of its weight. Check the shapes of the calibration inputs."
+            )
+    tensor = tensor.expand(sizes)
+    owned = [axis for axis, size in zip(aligned, batch, strict=True) if size > 1]
+    free = [axis for axis in range(leading) if axis not in owned]
+    return _RowView(tensor.permute(*owned, *free, leading, leading + 1), len(owned), 1)
+
+
+def _slices(tensor: Tensor, axis: int, last: int, limit: int) -> Iterator[Tensor]:
+    """Slices of a tensor along axes `axis` to `last - 1`, of at most `limit` positions over those axes."""
+    inner = math.prod(tensor.shape[axis + 1 : last])
+    if inner > limit and axis + 1 < last:
+        for index in range(tensor.shape[axis]):
+            yield from _slices(tensor.narrow(axis, index, 1), axis + 1, last, limit)
+    else:
+        yield from torch.split(tensor, max(1, limit // max(1, inner)), axis)

@@ -1,0 +1,202 @@
+"""The mean loss as a function of the weights: evaluated through one session, differenced along directions.
+
+Second difference along z: `D = (L(w + hz) - 2 L(w) + L(w - hz)) / h²  =  zᵀHz + h²/12 D⁴L[z] + ...`. A computed loss
+carries an error of size ε, so that D is off by up to `4ε/h² + h²/12 |D⁴L|`. The sum is least at `h⁴ = 48 ε / |D⁴L|`.
+The fourth derivative is not known, and behind a ReLU it does not exist; what can be measured is ε and D itself. So h is
+taken from them, as in Gill, Murray, Saunders and Wright, "Computing forward-difference intervals for numerical
+optimization" (SIAM J. Sci. Stat. Comput. 4, 1983, section 3.3): the share `4ε / (h² |D|)` of D that may be rounding
+must lie between 0.001 and 0.1. Its middle keeps h small, and so the truncation too: measured steps are about a
+thousandth of a weight's root mean square.
+
+ε is measured by a table of differences (Hamming 1962; Moré and Wild, "Estimating computational noise", SIAM J. Sci.
+Comput. 33, 2011): over points so close that any smooth function is a low-degree polynomial, the fourth differences
+hold nothing but noise, of variance `8!/(4!)² ε² = 70 ε²`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_optshift.calibration.source import Batch, Samples
+from onnx_optshift.decide.loss import Loss, choose_loss
+from onnx_optshift.diagnose.gauss_newton import output_root
+from onnx_optshift.graph.weights import Weight
+from onnx_optshift.layers import ROUNDING_UNIT, Arrays
+from onnx_optshift.workbench import Outputs, Workbench
+
+Matrix = NDArray[np.float64]
+Directions = Mapping[str, Matrix]
+
+# The geometric middle of the interval that Gill et al. accept.
+ROUNDING_SHARE = 0.01
+# Steps relative to the root mean square of a weight: the first guess, and the largest that may still be called local.
+FIRST_STEP, LARGEST_STEP = 1e-3, 0.1
+# Fewer rounding units than this, and w + hz is not w moved along z.
+FEWEST_UNITS = 32
+PILOTS = 3
+_TABLE_POINTS, _TABLE_ORDER = 9, 4
+_TABLE_VARIANCE = math.factorial(2 * _TABLE_ORDER) / math.factorial(_TABLE_ORDER) ** 2
+
+
+@dataclass(frozen=True)
+class Differences:
+    """What two runs, at w + hz and w - hz, tell.
+
+    Attributes:
+        second: zᵀHz, up to truncation and rounding.
+        even: (L(w + hz) + L(w - hz)) / 2 - L(w).
+        root: `B Jz` over all samples, `[n k]`, float32, where JᵀBᵀBJ/n is the Gauss-Newton matrix; None unless asked.
+    """
+
+    second: float
+    even: float
+    root: NDArray[np.float32] | None
+
+
+def loss_of(bench: Workbench, samples: Samples) -> Loss:
+    """The loss that fits the model's outputs and the labels of these samples.
+
+    Raises:
+        InputError: The labels fit no output of the model.
+    """
+    batch, outputs = next(iter(bench.reference(samples)))
+    return choose_loss(outputs, batch.labels if samples.labels is None else samples.labels, _rows(batch))
+
+
+class Landscape:
+    """The mean loss around one set of weights.
+
+    Args:
+        bench: Runs the model; its weights are the coordinates.
+        samples: What the mean is over.
+        loss: The loss.
+        arrays: The centre where it differs from the original weights.
+
+    Attributes:
+        value: Mean loss at the centre.
+        count: Samples.
+        matrices: The centre, V `[g, d, m]` by initializer.
+    """
+
+    def __init__(self, bench: Workbench, samples: Samples, loss: Loss, arrays: Arrays) -> None:
+        self._bench = bench
+        self._samples = samples
+        self._loss = loss
+        # All weights are fed in every run, so that the runtime folds and fuses the same way in each.
+        self._center = {w.name: arrays.get(w.name, bench.model.initializer(w.name)) for w in bench.weights}
+        self._weights = {w.name: w for w in bench.weights}
+        self.matrices: dict[str, Matrix] = {
+            w.name: np.ascontiguousarray(w.form.to_matrix(self._center[w.name]), dtype=np.float64)
+            for w in bench.weights
+        }
+        self._outputs: list[Outputs] = []
+        self.count = 0
+        self.value = self._start()
+
+    def at(self, directions: Directions, step: float) -> float:
+        """Mean loss at `w + step z`, z given for the weights that move, `[g, d, m]` each."""
+        moved = self._moved(directions, step)
+        total = 0.0
+        for batch, reference in self._bench.reference(self._samples):
+            total += float(self._losses(batch, self._run(batch, moved), reference).sum())
+        return total / self.count
+
+    def differences(self, directions: Directions, step: float, *, root: bool = False) -> Differences:
+        """Central differences along z.
+
+        Args:
+            directions: z by initializer, `[g, d, m]`; weights that are missing stay.
+            step: h.
+            root: Whether to keep the first difference of the outputs too.
+        """
+        up, down = self._moved(directions, step), self._moved(directions, -step)
+        total, pieces = 0.0, []
+        for (batch, reference), center in zip(self._bench.reference(self._samples), self._outputs, strict=True):
+            above, below = self._run(batch, up), self._run(batch, down)
+            losses = self._losses(batch, above, reference) + self._losses(batch, below, reference)
+            total += float(losses.sum())
+            if root:
+                slopes = {name: (above[name].astype(np.float64) - below[name]) / (2 * step) for name in center}
+                pieces.append(output_root(self._loss, center, reference, slopes, _rows(batch), batch.labels))
+        even = total / (2 * self.count) - self.value
+        kept = np.concatenate([piece.ravel() for piece in pieces]).astype(np.float32) if root else None
+        return Differences(2 * even / step**2, even, kept)
+
+    def noise(self, directions: Directions) -> float:
+        """ε: standard deviation of the computed mean loss around a smooth function.
+
+        Args:
+            directions: z by initializer, each of about the size of its weight.
+        """
+        unit = max(ROUNDING_UNIT[weight.dtype] for weight in self._weights.values())
+        spacing = 2 * FEWEST_UNITS * unit
+        values = [self.at(directions, k * spacing) for k in range(_TABLE_POINTS)]
+        table = np.diff(values, _TABLE_ORDER)
+        measured = math.sqrt(float(np.square(table).mean()) / _TABLE_VARIANCE)
+        # A loss of exactly 0, as the distance to itself has, shows no noise at its minimum.
+        return max(measured, float(np.finfo(np.float64).eps) * abs(self.value), float(np.finfo(np.float32).tiny))
+
+    def step(self, name: str, directions: Sequence[Matrix], noise: float) -> float:
+        """The step h for second differences in one weight, from noise and curvature along a few directions of ±1.
+
+        Args:
+            name: The initializer.
+            directions: z `[g, d, m]` each.
+            noise: ε.
+        """
+        scale = self.scale(name)
+        least = FEWEST_UNITS * ROUNDING_UNIT[self._weights[name].dtype] * scale
+        step = max(FIRST_STEP * scale, least)
+        for _ in range(4):
+            found = [abs(self.differences({name: z}, step).second) for z in directions[:PILOTS]]
+            curvature = float(np.median(found))
+            wanted = math.sqrt(4 * noise / (ROUNDING_SHARE * curvature)) if curvature > 0 else math.inf
+            wanted = min(max(wanted, least), LARGEST_STEP * scale)
+            settled = 0.5 < wanted / step < 2
+            step = wanted
+            if settled:
+                break
+        return step
+
+    def scale(self, name: str) -> float:
+        """Root mean square of a weight; 1 for one that is all zeros."""
+        matrix = self.matrices[name]
+        return math.sqrt(float(np.square(matrix).mean())) or 1.0 if matrix.size else 1.0
+
+    def output_size(self) -> int:
+        """Length of the `root` of one direction."""
+        return sum(value.size for outputs in self._outputs for value in outputs.values())
+
+    def _start(self) -> float:
+        total = 0.0
+        for batch, reference in self._bench.reference(self._samples):
+            outputs = self._run(batch, self._center)
+            losses = self._losses(batch, outputs, reference)
+            total += float(losses.sum())
+            self.count += len(losses)
+            names = [self._loss.output] if self._loss.output is not None else list(outputs)
+            self._outputs.append({n: outputs[n] for n in names if np.issubdtype(outputs[n].dtype, np.floating)})
+        return total / self.count
+
+    def _moved(self, directions: Directions, step: float) -> Arrays:
+        arrays = dict(self._center)
+        for name, direction in directions.items():
+            form, before = self._weights[name].form, self._center[name]
+            arrays[name] = form.from_matrix(self.matrices[name] + step * direction).astype(before.dtype)
+        return arrays
+
+    def _run(self, batch: Batch, arrays: Arrays) -> Outputs:
+        return self._bench.trial.run({**batch.feeds, **arrays})
+
+    def _losses(self, batch: Batch, outputs: Outputs, reference: Outputs) -> NDArray[np.float64]:
+        return self._loss.per_sample(outputs, reference, batch.labels, _rows(batch))[0]
+
+
+def _rows(batch: Batch) -> int:
+    """Rows of outputs that have a loss of their own: a single feed may bring one label for each of its rows."""
+    return len(batch.indices) if batch.labels is None else len(batch.labels)

@@ -1,0 +1,126 @@
+"""Round-to-nearest, the quantizer under all others: every weight goes to the nearest point of an evenly spaced grid.
+
+Symmetric (int): `q = clip(round(w/s), -L, L)` with `L = 2^(b-1) - 1` and `s = max|w| / L`. The level -2^(b-1) is not
+used, as in TensorRT and the ONNX Runtime QDQ format for weights: the grid is the same on both sides, and 2 bits are
+the three levels -s, 0, s.
+
+Asymmetric (uint): `q = clip(round(w/s) + z, 0, 2^b - 1)` with `s = (hi - lo) / (2^b - 1)` and `z = round(-lo/s)`, where
+`lo = min(w, 0)` and `hi = max(w, 0)` per scale. The range is widened to hold 0, so that 0 (padding, a pruned
+weight) stays exactly 0.
+
+What shares a scale: an output channel (all d inputs of one column), the whole tensor, or a block of consecutive inputs
+of one column; the last block of a column may be shorter. Halves round to even. Where all weights of a scale are 0
+they stay 0. Quantization is returned as what it amounts to, the dequantized weight. It is float64 here, while a file
+stores its scale in float32, which differs by at most 6e-8 of the weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from onnx_optshift.errors import InputError, closest
+from onnx_optshift.geometry import WeightForm
+
+FEWEST_BITS, MOST_BITS = 2, 8
+SCOPES = ("channel", "tensor", "block")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A quantizer's choice of levels.
+
+    Attributes:
+        bits: b, from 2 to 8.
+        scope: What shares a scale: `"channel"` (one output), `"tensor"`, or `"block"`.
+        block: Consecutive inputs that share a scale; given exactly when the scope is `"block"`.
+        asymmetric: Unsigned levels with a zero point, scaled by max - min, instead of signed ones scaled by max|w|.
+
+    Raises:
+        InputError: A value cannot be used.
+    """
+
+    bits: int
+    scope: str = "channel"
+    block: int | None = None
+    asymmetric: bool = False
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or self.bits not in range(FEWEST_BITS, MOST_BITS + 1):
+            raise InputError(
+                f"quantization bits: expected a whole number from {FEWEST_BITS} to {MOST_BITS}, found {self.bits!r}. "
+                "Weights of 16 bits or more need no shift to survive rounding."
+            )
+        if self.scope not in SCOPES:
+            raise InputError(
+                f"quantization scope: {self.scope!r} is not known. Take one of {', '.join(map(repr, SCOPES))}."
+                f"{closest(str(self.scope), list(SCOPES))}"
+            )
+        if (self.block is not None) != (self.scope == "block"):
+            raise InputError(
+                f"quantization block: found {self.block!r} with scope {self.scope!r}. Give a block size with scope "
+                "'block', and none otherwise."
+            )
+        if self.block is not None and self.block < 1:
+            raise InputError(f"quantization block: expected at least 1, found {self.block!r}. Usual are 32, 64 or 128.")
+
+
+def round_to_nearest(matrix: Tensor, grid: Grid) -> Tensor:
+    """A weight matrix after quantization and dequantization.
+
+    Args:
+        matrix: V `[g, d, m]`, any floating dtype and device.
+        grid: The levels.
+
+    Returns:
+        `[g, d, m]`, float64. Where a weight is not finite, everything that shares its scale is NaN.
+    """
+    matrix = matrix.to(torch.float64)
+    if matrix.numel() == 0:
+        return matrix.clone()
+    if grid.scope != "block":
+        return _on_grid(matrix, (1,) if grid.scope == "channel" else (0, 1, 2), grid)
+    assert grid.block is not None
+    groups, width, outputs = matrix.shape
+    blocks = -(-width // grid.block)
+    # Zeros at the end of the last block change neither max|w| nor a range that holds 0 anyway.
+    padded = functional.pad(matrix, (0, 0, 0, blocks * grid.block - width))
+    rounded = _on_grid(padded.reshape(groups, blocks, grid.block, outputs), (2,), grid)
+    return rounded.reshape(groups, blocks * grid.block, outputs)[:, :width]
+
+
+def round_initializer(array: NDArray[np.generic], form: WeightForm, grid: Grid) -> NDArray[np.generic]:
+    """An initializer after quantization and dequantization, rounded once more to its own dtype.
+
+    Args:
+        array: Content, of the shape that the form starts from.
+        form: How it becomes the matrix V.
+        grid: The levels.
+
+    Returns:
+        The new content, in the shape and dtype of `array`.
+    """
+    matrix = torch.from_numpy(np.ascontiguousarray(form.to_matrix(array).astype(np.float64)))
+    return form.from_matrix(round_to_nearest(matrix, grid).numpy()).astype(array.dtype)
+
+
+def _on_grid(values: Tensor, shared: tuple[int, ...], grid: Grid) -> Tensor:
+    """Values on the grid whose scale is shared along the axes `shared`."""
+    if grid.asymmetric:
+        top = 2**grid.bits - 1
+        low = values.amin(shared, keepdim=True).clamp(max=0)
+        scale = (values.amax(shared, keepdim=True).clamp(min=0) - low) / top
+    else:
+        top = 2 ** (grid.bits - 1) - 1
+        scale = values.abs().amax(shared, keepdim=True) / top
+    # A scale of 0 stands for weights that are all 0: any other value keeps 0 where it is.
+    scale = torch.where(scale == 0, 1.0, scale)
+    if grid.asymmetric:
+        zero = torch.round(-low / scale)
+        return ((torch.round(values / scale) + zero).clamp(0, top) - zero) * scale
+    return torch.round(values / scale).clamp(-top, top) * scale

@@ -1,0 +1,139 @@
+"""The narrowest weight within a tolerance, against linear and quadratic programming."""
+
+from itertools import pairwise
+
+import cases
+import numpy as np
+import pytest
+import reference
+import torch
+from cases import FLOAT32
+
+from onnx_optshift.errors import InputError
+from onnx_optshift.solve import error_ball, quant_range
+from onnx_optshift.solve.quant_range import GAP, Granularity
+from onnx_optshift.solve.shift import Outcome
+
+
+def solved(name, tolerance, **granularity):
+    rows, matrix, spectrum = cases.draw(name)
+    shift = quant_range.solve(
+        spectrum, torch.from_numpy(matrix), tolerance, FLOAT32, granularity=Granularity(**granularity)
+    )
+    return rows, matrix, shift
+
+
+def column_residuals(rows, before, after):
+    moved, output = np.linalg.norm(rows @ (after - before), axis=1), np.linalg.norm(rows @ before, axis=1)
+    return moved[output > 1e-9] / output[output > 1e-9]
+
+
+@pytest.mark.parametrize("mode", ["channel", "tensor", "block"])
+@pytest.mark.parametrize("tolerance", [0.0, 0.01, 0.3])
+@pytest.mark.parametrize("name", cases.names())
+def test_every_column_stays_within_its_tolerance_and_no_range_grows(name, tolerance, mode):
+    rows, matrix, shift = solved(name, tolerance, mode=mode, block=5)
+    w = shift.matrix.numpy()
+    assert column_residuals(rows, matrix, w).max(initial=0) <= max(tolerance, FLOAT32) * (1 + 1e-6) + 1e-12
+    granularity = Granularity(mode, 5)
+    before, after = granularity.ranges(torch.from_numpy(matrix)), granularity.ranges(shift.matrix)
+    assert bool((after <= before).all())
+    assert shift.range_after <= shift.range_before or mode == "block"
+    if shift.outcome.moved:
+        assert float(after.sum()) <= (1 - GAP) * float(before.sum())
+        assert shift.iterations > 0
+    else:
+        np.testing.assert_array_equal(w, matrix)
+
+
+@pytest.mark.parametrize("name", cases.names(freedom=False))
+def test_without_freedom_and_tolerance_nothing_moves(name):
+    _, matrix, shift = solved(name, 0.0)
+    assert shift.outcome is Outcome.FULL_RANK
+    np.testing.assert_array_equal(shift.matrix, matrix)
+    assert solved(name, 0.1)[2].outcome.moved
+
+
+@pytest.mark.parametrize("name", ["fat", "one row", "deficient", "one hot", "repeated rows"])
+def test_exact_ranges_are_those_of_linear_programming(name):
+    rows, matrix, shift = solved(name, 0.0)
+    # Of dependent rows only as many as there are directions go to the linear program.
+    basis = np.linalg.svd(rows[0], full_matrices=False)[2][: np.linalg.matrix_rank(rows[0])]
+    best = np.array([reference.narrowest_exact(basis, column) for column in matrix[0].T])
+    found = np.abs(shift.matrix[0].numpy()).max(0)
+    assert np.all(found >= best * (1 - 1e-5))  # nothing beats the optimum
+    assert shift.outcome is Outcome.SHIFTED
+    assert found.sum() <= best.sum() * (1 + 2 * GAP)
+    # Negative control: the smallest norm is not the smallest range.
+    norm = error_ball.solve(cases.spectrum(rows), torch.from_numpy(matrix), 0.0, FLOAT32).matrix[0].numpy()
+    if name != "one hot":  # where inputs that never occur are the only freedom, both set them to 0
+        assert np.abs(norm).max(0).sum() > best.sum() * (1 + 4 * GAP)
+
+
+@pytest.mark.parametrize("tolerance", [0.02, 0.2])
+@pytest.mark.parametrize("name", ["fat", "tall", "dead units", "deficient"])
+def test_ranges_are_those_of_a_general_convex_solver(name, tolerance):
+    rows, matrix, shift = solved(name, tolerance)
+    best = np.array([reference.narrowest(rows[0], column, tolerance) for column in matrix[0].T])
+    found = np.abs(shift.matrix[0].numpy()).max(0)
+    assert np.all(found >= best * (1 - 1e-4))
+    assert found.sum() <= best.sum() * (1 + 2 * GAP)
+    assert found.sum() < np.abs(matrix).max(1).sum() * (1 - 4 * GAP)
+
+
+def test_blocks_minimize_the_sum_of_their_ranges():
+    rows, matrix, shift = solved("tall", 0.1, mode="block", block=4)
+    best = sum(reference.narrowest(rows[0], column, 0.1, blocks=3) for column in matrix[0].T)
+    found = np.abs(shift.matrix[0].numpy()).reshape(3, 4, -1).max(1).sum()
+    assert best * (1 - 1e-4) <= found <= best * (1 + 2 * GAP)
+    channel = np.abs(solved("tall", 0.1)[2].matrix[0].numpy()).reshape(3, 4, -1).max(1).sum()
+    assert channel > found * (1 + 4 * GAP)
+
+
+def test_a_tensor_is_as_wide_as_its_widest_column_must_be():
+    rows, matrix, shift = solved("tall", 0.1, mode="tensor")
+    best = max(reference.narrowest(rows[0], column, 0.1) for column in matrix[0].T)
+    assert best * (1 - 1e-4) <= shift.range_after <= best * (1 + 2 * GAP)
+
+
+@pytest.mark.parametrize("name", ["fat", "deficient", "one hot", "grouped", "dead units"])
+def test_a_second_exact_run_finds_nothing(name):
+    _, _, shift = solved(name, 0.0)
+    spectrum = cases.draw(name)[2]
+    assert shift.outcome is Outcome.SHIFTED
+    again = quant_range.solve(spectrum, shift.matrix.float(), 0.0, FLOAT32)
+    assert again.outcome is Outcome.ALREADY_MINIMAL
+    assert torch.equal(again.matrix, shift.matrix.float().double())
+
+
+def test_ranges_fall_with_the_tolerance():
+    ranges = [
+        Granularity().ranges(solved("decaying", tolerance)[2].matrix).sum() for tolerance in (1e-3, 1e-2, 0.1, 0.5, 1)
+    ]
+    assert all(later < earlier for earlier, later in pairwise(ranges))
+    assert float(ranges[-1]) < 1e-6
+
+
+def test_stopping_early_is_said_and_still_within_the_tolerance(monkeypatch):
+    monkeypatch.setattr(quant_range, "MAX_ITERATIONS", 10)
+    rows, matrix, shift = solved("decaying", 0.001)
+    assert shift.outcome is Outcome.STOPPED_EARLY
+    assert shift.iterations == 10
+    assert column_residuals(rows, matrix, shift.matrix.numpy()).max() <= 0.001 * (1 + 1e-6)
+    monkeypatch.undo()
+    assert solved("decaying", 0.001)[2].range_after < shift.range_after
+
+
+def test_columns_without_output_become_zero():
+    rows, matrix, _ = cases.draw("one hot")
+    matrix[0, :7, 1] = 0  # reads only inputs that never occur
+    shift = quant_range.solve(cases.spectrum(rows), torch.from_numpy(matrix), 0.1, FLOAT32)
+    assert float(shift.matrix[0, :, 1].abs().max()) == 0
+    assert float(shift.matrix[0, :, 0].abs().max()) > 0.1
+
+
+def test_granularities_that_do_not_exist():
+    with pytest.raises(InputError, match="'row'"):
+        Granularity("row")
+    with pytest.raises(InputError, match="blocks of 0"):
+        Granularity("block", 0)

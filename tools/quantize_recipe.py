@@ -1,0 +1,300 @@
+"""Shift, then quantize with real quantizers: what each makes of the model as it was and of the shifted one.
+
+    python tools/quantize_recipe.py models/digits_mlp/model.onnx --tolerance 0.05 auto
+    python tools/quantize_recipe.py MODEL.onnx ... [--calib FILE --test FILE] [--tolerance EPS|auto ...]
+        [--layer-residual EPS ...] [--quantizers rtn static dynamic nbits peer] [--bits 8 4 3 2] [--seeds 0 1 2]
+        [--peer-python PYTHON [--equalizers]]
+
+Each `--tolerance` is one call of `onnx_optshift.shift` per seed. It sees the calibration data alone and splits its own
+judges off that, so the test data has decided nothing; figures are medians over the seeds. Each `--layer-residual`
+shifts all layers in parallel by exactly this residual, without a gate. Both files then go through the same quantizers
+with the same settings. Data that is not named is looked for beside the model: `calibration.npz` and `heldout.npz`.
+
+The tables give top-1 and NLL on the test data's labels and the output error `‖Z' - Z‖_F / ‖Z‖_F` of the first output
+against the FLOAT ORIGINAL, so that what the shift itself moves counts too. Ratio = error shifted / error unshifted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import statistics
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+from quantizers import EQUALIZERS, NotApplicable, Quantizer, run_peer, table
+
+from onnx_optshift.calibration.load import load
+from onnx_optshift.data import input_specs
+from onnx_optshift.decide.loss import choose_loss
+from onnx_optshift.errors import OptShiftError
+from onnx_optshift.graph.patch import write_beside
+from onnx_optshift.graph.selection import Selection
+from onnx_optshift.layers import Layers
+from onnx_optshift.optimize import shift
+from onnx_optshift.quantize.rtn import Grid
+from onnx_optshift.settings import Settings
+from onnx_optshift.workbench import open_model, open_workbench
+
+FAMILIES = ("rtn", "static", "dynamic", "nbits", "peer")
+LABELS = "labels"
+BATCH = 100
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class Score:
+    """One model file on the test data.
+
+    Attributes:
+        top1: Share of right answers.
+        nll: Mean negative log-likelihood.
+        error: Relative output error against the float original.
+    """
+
+    top1: float
+    nll: float
+    error: float
+
+
+class Judge:
+    """Scores model files on test data against the float original; the same bytes are run once.
+
+    Args:
+        original: The float model.
+        data: Its inputs by name, and the labels.
+    """
+
+    def __init__(self, original: Path, data: Arrays) -> None:
+        self._labels = data[LABELS]
+        self._inputs = {name: array for name, array in data.items() if name != LABELS}
+        self._reference = self._outputs(original)
+        self._loss = choose_loss(self._reference, self._labels, len(self._labels))
+        self._known: dict[str, Score] = {}
+
+    def score(self, path: Path) -> Score:
+        """The score of a model file."""
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        if digest not in self._known:
+            outputs = self._outputs(path)
+            losses, right = self._loss.per_sample(outputs, self._reference, self._labels, len(self._labels))
+            first = next(iter(self._reference))
+            before, after = (values[first].astype(np.float64) for values in (self._reference, outputs))
+            error = float(np.linalg.norm(after - before) / np.linalg.norm(before))
+            top1 = float("nan") if right is None else float(right.mean())
+            self._known[digest] = Score(top1, float(losses.mean()), error)
+        return self._known[digest]
+
+    def _outputs(self, path: Path) -> Arrays:
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        parts = [
+            session.run(names, {name: array[start : start + BATCH] for name, array in self._inputs.items()})
+            for start in range(0, len(self._labels), BATCH)
+        ]
+        return {name: np.concatenate([part[k] for part in parts]) for k, name in enumerate(names)}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to shift, and the files that it gave, one per seed."""
+
+    title: str
+    files: tuple[Path, ...]
+
+
+def shifted_by_tolerance(
+    model: Path, calibration: Path, tolerance: str, arguments: argparse.Namespace, folder: Path
+) -> Variant | None:
+    """The whole pass, as a user calls it, for every seed; None when it refuses."""
+    files, said = [], []
+    for seed in arguments.seeds:
+        try:
+            result = shift(
+                model,
+                str(calibration),
+                tolerance=tolerance if tolerance == "auto" else float(tolerance),
+                objective=arguments.objective,
+                seed=seed,
+                nodes_to_include=tuple(arguments.nodes_to_include),
+            )
+        except OptShiftError as error:
+            print(f"\n--tolerance {tolerance}, seed {seed}: refused: {error}")
+            return None
+        report = result.report
+        moved = [layer for layer in report.layers if layer.status == "shifted"]
+        deviation = max(output.rel for output in report.verification.outputs) if report.verification else 0.0
+        said.append(
+            f"seed {seed}: {len(moved)} of {len(report.layers)} layers, model deviation {deviation:.3g}, "
+            f"{report.timing.total:.0f} s"
+        )
+        files.append(result.save(folder / f"shifted-{tolerance}-{seed}.onnx"))
+    return Variant(f"--objective {arguments.objective} --tolerance {tolerance} ({'; '.join(said)})", tuple(files))
+
+
+def shifted_by_residual(
+    model: Path, calibration: Path, residual: float, arguments: argparse.Namespace, folder: Path
+) -> Variant:
+    """All layers in parallel against their original inputs, each by this residual, without a gate."""
+    settings = Settings(objective=arguments.objective, nodes_to_include=tuple(arguments.nodes_to_include))
+    source, weights, _ = open_model(model, settings)
+    bench = open_workbench(source, weights, settings)
+    samples = load([str(calibration)], input_specs(source))
+    bench.plan(samples)
+    layers = Layers(
+        weights,
+        bench.collect(samples),
+        source.initializer,
+        device=bench.device.solve,
+        objective=settings.objective,
+    )
+    candidate = layers.candidate(residual)
+    target = folder / f"residual-{residual}.onnx"
+    write_beside(source, candidate.arrays, target).commit()
+    ratios = [s.shift.range_after / s.shift.range_before for s in candidate.solved.values() if s.shift.range_before]
+    said = f"{len(candidate.arrays)} of {len(weights)} layers, ranges {min(ratios):.2f} to {max(ratios):.2f} of before"
+    return Variant(f"objective {arguments.objective}, every layer at residual {residual:g} ({said})", (target,))
+
+
+def equalized(
+    model: Path, name: str, calibration: Arrays, arguments: argparse.Namespace, folder: Path
+) -> Variant | None:
+    """What another package's float-to-float pass makes of the model; None when it fails."""
+    target = folder / f"{name.replace(' ', '-')}.onnx"
+    try:
+        run_peer(name, arguments.peer_python, model, target, calibration)
+    except NotApplicable as reason:
+        print(f"\n{name}: {reason}")
+        return None
+    return Variant(f"{name}, instead of a shift", (target,))
+
+
+def compare(
+    model: Path, variants: Sequence[Variant], quantizers: Sequence[Quantizer], calibration: Arrays, judge: Judge
+) -> None:
+    """Prints a table per variant."""
+    with tempfile.TemporaryDirectory(prefix="quantize-recipe-") as name:
+        target = Path(name) / "quantized.onnx"
+        before = {quantizer: _scores([model], quantizer, calibration, judge, target) for quantizer in quantizers}
+        for variant in variants:
+            print(f"\n### {variant.title}\n")
+            print("| quantizer | bits | top-1 | shifted | NLL | shifted | error | shifted | ratio |")
+            print("|---|---|---|---|---|---|---|---|---|")
+            _print_row("float", 32, judge.score(model), _median([judge.score(file) for file in variant.files]))
+            for quantizer in quantizers:
+                if isinstance(before[quantizer], str):
+                    print(f"| {quantizer.name} | {quantizer.bits} | {before[quantizer]} |||||||", flush=True)
+                    continue
+                after = _scores(variant.files, quantizer, calibration, judge, target)
+                if isinstance(after, str):
+                    print(f"| {quantizer.name} | {quantizer.bits} | shifted: {after} |||||||", flush=True)
+                    continue
+                _print_row(quantizer.name, quantizer.bits, before[quantizer], after)
+
+
+def _scores(
+    files: Sequence[Path], quantizer: Quantizer, calibration: Arrays, judge: Judge, target: Path
+) -> Score | str:
+    """Median score over the quantized files, or why the quantizer gives none."""
+    scores = []
+    for file in files:
+        target.unlink(missing_ok=True)
+        try:
+            quantizer.run(file, target, calibration)
+            scores.append(judge.score(target))
+        except NotApplicable as reason:
+            return str(reason)
+        except Exception as error:  # someone else's quantizer: its failure is a row of the table, not the end of it
+            return f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+    return _median(scores)
+
+
+def _median(scores: Sequence[Score]) -> Score:
+    return Score(*(statistics.median(getattr(s, name) for s in scores) for name in ("top1", "nll", "error")))
+
+
+def _print_row(name: str, bits: int, before: Score, after: Score) -> None:
+    ratio = f"{after.error / before.error:.2f}" if before.error else "-"
+    print(
+        f"| {name} | {bits} | {100 * before.top1:.2f} | {100 * after.top1:.2f} | {before.nll:.4f} | {after.nll:.4f} "
+        f"| {before.error:.4f} | {after.error:.4f} | {ratio} |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Reads the command line and prints the tables of every model."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("--calib", type=Path, help="calibration data (default: calibration.npz beside the model)")
+    parser.add_argument("--test", type=Path, help="labelled test data (default: heldout.npz beside the model)")
+    parser.add_argument("--objective", default="range", help="range or norm (default: %(default)s)")
+    parser.add_argument("--tolerance", nargs="*", default=[], help="deviations of the model outputs, or auto")
+    parser.add_argument("--layer-residual", type=float, nargs="*", default=[], help="residuals, without a gate")
+    parser.add_argument("--nodes-to-include", nargs="*", default=[], help="shift and round to nearest these alone")
+    parser.add_argument("--quantizers", nargs="*", default=list(FAMILIES), choices=FAMILIES)
+    parser.add_argument("--bits", type=int, nargs="*", default=[8, 4, 3, 2], help="of round-to-nearest")
+    parser.add_argument("--asymmetric", action="store_true", help="round to nearest on unsigned levels")
+    parser.add_argument("--rtn-block", type=int, help="round to nearest in blocks instead of per output channel")
+    parser.add_argument("--block-size", type=int, default=32, help="of MatMulNBits (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=200, help="calibration samples for quantizers (they hold all)")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the shift's own split")
+    parser.add_argument("--peer-python", type=Path, help="interpreter with nvidia-modelopt or onnxsim")
+    parser.add_argument("--equalizers", action="store_true", help="compare with CLE and SmoothQuant of onnxsim as well")
+    arguments = parser.parse_args()
+    if arguments.equalizers and arguments.peer_python is None:
+        parser.error("--equalizers needs --peer-python")
+    if not arguments.tolerance and not arguments.layer_residual and not arguments.equalizers:
+        parser.error("give --tolerance or --layer-residual: without a shift there is nothing to compare")
+    try:
+        scope = {"scope": "block", "block": arguments.rtn_block} if arguments.rtn_block else {}
+        quantizers = table(
+            arguments.quantizers,
+            arguments.bits,
+            selection=Selection(tuple(arguments.nodes_to_include)),
+            grid=Grid(8, asymmetric=arguments.asymmetric, **scope),
+            block=arguments.block_size,
+            samples=arguments.samples,
+            peer_python=arguments.peer_python,
+        )
+        for model in arguments.models:
+            calibration, test = (
+                given or model.with_name(name)
+                for given, name in ((arguments.calib, "calibration.npz"), (arguments.test, "heldout.npz"))
+            )
+            _one_model(model, calibration, test, quantizers, arguments)
+    except OptShiftError as error:
+        raise SystemExit(str(error)) from error
+
+
+def _one_model(
+    model: Path, calibration: Path, test: Path, quantizers: Sequence[Quantizer], arguments: argparse.Namespace
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="quantize-recipe-") as name:
+        folder = Path(name)
+        judge = Judge(model, _read(test))
+        print(f"\n## {model} ({calibration.name}, {test.name})", flush=True)
+        variants = [shifted_by_tolerance(model, calibration, text, arguments, folder) for text in arguments.tolerance]
+        variants += [
+            shifted_by_residual(model, calibration, value, arguments, folder) for value in arguments.layer_residual
+        ]
+        inputs = {key: array for key, array in _read(calibration).items() if key != LABELS}
+        first = {key: array[: arguments.samples] for key, array in inputs.items()}
+        if arguments.peer_python is not None and arguments.equalizers:
+            variants += [equalized(model, peer, first, arguments, folder) for peer in EQUALIZERS]
+        compare(model, [variant for variant in variants if variant is not None], quantizers, inputs, judge)
+
+
+def _read(path: Path) -> Arrays:
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+if __name__ == "__main__":
+    main()
