@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -45,7 +47,6 @@ class Result:
 
     report: Report
     path: Path
-    _keep: ExitStack
 
     def save(self, path: str | Path) -> Path:
         """Copies the verified file to `path`, by an atomic rename.
@@ -113,8 +114,9 @@ def run(
     with ExitStack() as stack:
         target = out
         if out is None or settings.dry_run:
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="onnx-optshift-"))
-            target = Path(folder) / (source.path.name if source.path else "model.onnx")
+            folder = Path(tempfile.mkdtemp(prefix="onnx-optshift-"))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            target = folder / (source.path.name if source.path else "model.onnx")
         assert target is not None
         bench = open_workbench(source, weights, settings, progress)
         prepared = _prepare(bench, calibration, heldout, settings)
@@ -141,7 +143,9 @@ def run(
                 findings, Outcome(proved.sha256, proved.candidate, proved.reverted, proved.verification), clock, out
             )
             written.commit()
-        return Result(report, target, stack.pop_all())
+        result = Result(report, target)
+        weakref.finalize(result, stack.pop_all().close)  # a temporary file lives as long as the result
+        return result
 
 
 def inspect(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from onnx_optshift.decide.choose import Decision
 from onnx_optshift.errors import ToleranceError
+from onnx_optshift.graph.atomic import Written
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.patch import write_beside
 from onnx_optshift.graph.static_check import unchanged_outside

@@ -386,6 +386,12 @@ def test_one_reader_too_many(case: str) -> None:
     assert only(alone).name == "W"
 
 
+@pytest.mark.parametrize("op", ["Shape", "Size"])
+def test_reader_of_the_shape_alone_is_no_reader(op: str) -> None:
+    text = f"g (float[4,4] x) => (float[4,4] y, int64 s) {{ y = MatMul(x, W)  s = {op}(W) }}"
+    assert only(tiny.model(text, {"W": tiny.weight(4, 4)})).name == "W"
+
+
 def test_layers_inside_bodies_and_functions_are_listed() -> None:
     text = """g (float[4,4] x, bool c) => (float[4,4] y) {
         a = MatMul(x, V)

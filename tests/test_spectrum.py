@@ -30,7 +30,7 @@ def test_few_rows_never_build_a_square_matrix():
     rows = np.random.default_rng(0).standard_normal((1, 3, 5000))
     spectrum = cases.spectrum(rows)
     assert spectrum.basis.shape == (1, 5000, 3)
-    np.testing.assert_allclose(spectrum.eigenvalues.sqrt()[0], np.linalg.svd(rows[0])[1], rtol=1e-12)
+    np.testing.assert_allclose(spectrum.eigenvalues.sqrt()[0], np.linalg.svd(rows[0], compute_uv=False), rtol=1e-12)
 
 
 def test_stored_rows_resolve_what_their_gram_matrix_cannot():

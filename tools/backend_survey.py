@@ -3,8 +3,9 @@
     python tools/backend_survey.py [KIND ...] [--only TEXT] [--json FILE]
 
 Kinds are the folders simple, pytorch-operator and pytorch-converted of the package's test data; light (real
-architectures whose weights are computed); node (one operator each, everything an input); and frozen: the node cases
-once more for every input that a linear operator can take as its weight, with that input made an initializer.
+architectures whose weights are computed); node (one operator each, everything an input). Two more are made from these:
+drawn, the light models with seeded random numbers for their weights; and frozen, a node case for every input that a
+linear operator can take as its weight, with that input made an initializer.
 
 Every model must end in exit status 0 with a written model whose outputs are the original's within its own noise, or in
 exit status 2 with one message and nothing written. Prints tables of models and of layers, the messages, and every model
@@ -38,13 +39,14 @@ from onnx_optshift.cli import main as optshift
 from onnx_optshift.graph.operators import OPERATORS
 
 FOLDERS = ("simple", "pytorch-operator", "pytorch-converted")
-KINDS = (*FOLDERS, "light", "node", "frozen")
+KINDS = (*FOLDERS, "light", "drawn", "node", "frozen")
 DATA = Path(onnx.__file__).parent / "backend" / "test" / "data"
 # Of the largest value of an output: what two runs of one model may differ by, see `deviation`.
 NOISE_FACTOR = 10
 FLOAT32_UNIT = 2.0**-24
-# The onnx package writes its newest format, which runtimes read a release later; nothing in the node cases needs it.
+# The onnx package writes its newest format and opset, which runtimes read a release later; linear operators are older.
 FROZEN_IR_VERSION = 10
+FROZEN_OPSET = 26
 
 
 @dataclass
@@ -97,6 +99,8 @@ def cases(kinds: Iterable[str] = KINDS, only: str = "", modules: Sequence[str] =
     for kind in kinds:
         if kind == "light":
             found = _light_cases()
+        elif kind == "drawn":
+            found = map(_drawn, _light_cases())
         elif kind == "node":
             found = _node_cases(modules)
         elif kind == "frozen":
@@ -127,6 +131,23 @@ def _light_cases() -> Iterator[Case]:
                 ramp = (np.arange(np.prod(shape)).reshape(shape) / np.prod(shape)).astype(np.float32)
                 feed.append(numpy_helper.from_array(ramp, value.name).SerializeToString())
         yield Case("light", path.stem, model, [feed])
+
+
+def _drawn(case: Case) -> Case:
+    """The case with weights instead of ConstantOfShape nodes: normal, scaled to keep the size of activations."""
+    model = onnx.ModelProto()
+    model.CopyFrom(case.model)
+    shapes = {tensor.name: numpy_helper.to_array(tensor).tolist() for tensor in model.graph.initializer}
+    generator = np.random.default_rng(0)
+    for node in list(model.graph.node):
+        shape = shapes.get(node.input[0], []) if node.op_type == "ConstantOfShape" else []
+        if len(shape) >= 2:
+            weight = generator.standard_normal(shape, np.float32) * np.sqrt(2 / np.prod(shape[1:]), dtype=np.float32)
+            model.graph.initializer.append(numpy_helper.from_array(weight, node.output[0]))
+            # Version 3 of the format demands that initializers are inputs too.
+            model.graph.input.append(onnx.helper.make_tensor_value_info(node.output[0], onnx.TensorProto.FLOAT, shape))
+            model.graph.node.remove(node)
+    return Case("drawn", case.name, model, case.feeds)
 
 
 def _node_cases(modules: Sequence[str]) -> Iterator[Case]:
@@ -170,6 +191,8 @@ def _frozen(case: Case) -> Iterator[Case]:
         model.graph.initializer[-1].name = name
         del model.graph.input[index]
         model.ir_version = min(model.ir_version, FROZEN_IR_VERSION)
+        for entry in model.opset_import:
+            entry.version = min(entry.version, FROZEN_OPSET)
         yield Case("frozen", f"{case.name}[{name}]", model, [[*case.feeds[0][:index], *case.feeds[0][index + 1 :]]])
 
 
@@ -312,7 +335,7 @@ def tables(rows: Sequence[Row]) -> str:
     for kind in [kind for kind in KINDS if any(row.kind == kind for row in rows)] + ["all"]:
         counts = collections.Counter(row.outcome for row in rows if kind in {row.kind, "all"})
         lines.append(f"{kind:20}{counts.total():>8}" + "".join(f"{counts[name]:>12}" for name in outcomes))
-    layers = collections.Counter(layer for row in rows for layer in row.layers)
+    layers = collections.Counter((op, status, _kind_of_message(why)) for row in rows for op, status, why in row.layers)
     lines += ["", f"{'layers':>8}  {'operator':24}{'status':12}reason"]
     for (op_type, status, reason), count in sorted(layers.items()):
         lines.append(f"{count:>8}  {op_type:24}{status:12}{reason}")

@@ -278,20 +278,21 @@ def _one_model(
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="quantize-recipe-") as name:
         folder = Path(name)
-        judge = Judge(model, _read(test))
+        judge = Judge(model, read_arrays(test))
         print(f"\n## {model} ({calibration.name}, {test.name})", flush=True)
         variants = [shifted_by_tolerance(model, calibration, text, arguments, folder) for text in arguments.tolerance]
         variants += [
             shifted_by_residual(model, calibration, value, arguments, folder) for value in arguments.layer_residual
         ]
-        inputs = {key: array for key, array in _read(calibration).items() if key != LABELS}
+        inputs = {key: array for key, array in read_arrays(calibration).items() if key != LABELS}
         first = {key: array[: arguments.samples] for key, array in inputs.items()}
         if arguments.peer_python is not None and arguments.equalizers:
             variants += [equalized(model, peer, first, arguments, folder) for peer in EQUALIZERS]
         compare(model, [variant for variant in variants if variant is not None], quantizers, inputs, judge)
 
 
-def _read(path: Path) -> Arrays:
+def read_arrays(path: Path) -> Arrays:
+    """All arrays of a .npz file."""
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 

@@ -147,7 +147,7 @@ def dynamic() -> Quantizer:
 
 
 def nbits(method: str, block: int, samples: int) -> Quantizer:
-    """ONNX Runtime `MatMulNBitsQuantizer`, 4 bits, symmetric where that is a choice; MatMul alone, activations float."""
+    """ONNX Runtime `MatMulNBitsQuantizer`, 4 bits, symmetric where that is a choice. It takes MatMul alone."""
 
     def run(source: Path, target: Path, calibration: Arrays) -> None:
         try:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.decide.loss import Loss
 from onnx_optshift.diagnose.gauss_newton import top_eigenvalue
-from onnx_optshift.diagnose.landscape import PILOTS, Landscape, Matrix
+from onnx_optshift.diagnose.landscape import PILOTS, Landscape, Matrix, smooth_session
 from onnx_optshift.layers import Arrays
 from onnx_optshift.report.diagnosis import Estimate, Flatness, FlatnessReport, LayerFlatness, Sharpness, TopEigenvalue
 from onnx_optshift.workbench import Workbench
@@ -77,7 +77,8 @@ def flatness(
     """
     start = time.perf_counter()
     sets = [arrays_before] if arrays_after is None else [arrays_before, arrays_after]
-    places = [Landscape(bench, samples, loss, arrays) for arrays in sets]
+    session = smooth_session(bench)
+    places = [Landscape(bench, session, samples, loss, arrays) for arrays in sets]
     names = [weight.name for weight in bench.weights]
     directions = _Directions(names, places[0], seed)
     noise = places[0].noise({name: directions.signs(name, 0) * places[0].scale(name) for name in names})

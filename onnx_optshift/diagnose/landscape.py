@@ -2,11 +2,13 @@
 
 Second difference along z: `D = (L(w + hz) - 2 L(w) + L(w - hz)) / h²  =  zᵀHz + h²/12 D⁴L[z] + ...`. A computed loss
 carries an error of size ε, so that D is off by up to `4ε/h² + h²/12 |D⁴L|`. The sum is least at `h⁴ = 48 ε / |D⁴L|`.
-The fourth derivative is not known, and behind a ReLU it does not exist; what can be measured is ε and D itself. So h is
-taken from them, as in Gill, Murray, Saunders and Wright, "Computing forward-difference intervals for numerical
-optimization" (SIAM J. Sci. Stat. Comput. 4, 1983, section 3.3): the share `4ε / (h² |D|)` of D that may be rounding
-must lie between 0.001 and 0.1. Its middle keeps h small, and so the truncation too: measured steps are about a
-thousandth of a weight's root mean square.
+The fourth derivative is not known; what can be measured is ε and D itself. So h is taken from them, as in Gill, Murray,
+Saunders and Wright, "Computing forward-difference intervals for numerical optimization" (SIAM J. Sci. Stat. Comput. 4,
+1983): the share `4ε / (h² |D|)` of D that may be rounding must lie between 0.001 and 0.1. For float32 this gives steps
+of about a hundredth of a weight's root mean square, where truncation is no more than rounding (measured).
+
+Runs go through a copy of the model whose kinks decide as at the centre (`graph.smooth_piece`): there is no Taylor
+series across them. So the figures are those of automatic differentiation; noise that crosses kinks is `rise`'s.
 
 ε is measured by a table of differences (Hamming 1962; Moré and Wild, "Estimating computational noise", SIAM J. Sci.
 Comput. 33, 2011): over points so close that any smooth function is a low-degree polynomial, the fourth differences
@@ -23,17 +25,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_optshift.calibration.source import Batch, Samples
+from onnx_optshift.capture.session import Session
 from onnx_optshift.decide.loss import Loss, choose_loss
 from onnx_optshift.diagnose.gauss_newton import output_root
-from onnx_optshift.graph.weights import Weight
+from onnx_optshift.graph.smooth_piece import CENTER, smooth_piece_model
 from onnx_optshift.layers import ROUNDING_UNIT, Arrays
 from onnx_optshift.workbench import Outputs, Workbench
 
 Matrix = NDArray[np.float64]
 Directions = Mapping[str, Matrix]
 
-# The geometric middle of the interval that Gill et al. accept.
-ROUNDING_SHARE = 0.01
+# Near the lower end of the interval that Gill et al. accept: L(w) is computed once, so that its error is the same for
+# every probe and does not average out.
+ROUNDING_SHARE = 0.002
 # Steps relative to the root mean square of a weight: the first guess, and the largest that may still be called local.
 FIRST_STEP, LARGEST_STEP = 1e-3, 0.1
 # Fewer rounding units than this, and w + hz is not w moved along z.
@@ -68,11 +72,17 @@ def loss_of(bench: Workbench, samples: Samples) -> Loss:
     return choose_loss(outputs, batch.labels if samples.labels is None else samples.labels, _rows(batch))
 
 
+def smooth_session(bench: Workbench) -> Session:
+    """A session whose weights can be fed and whose kinks decide as at the centre."""
+    return bench.session(smooth_piece_model(bench.model, [weight.name for weight in bench.weights]))
+
+
 class Landscape:
     """The mean loss around one set of weights.
 
     Args:
         bench: Runs the model; its weights are the coordinates.
+        session: The model that stays on one smooth piece; one session serves every centre.
         samples: What the mean is over.
         loss: The loss.
         arrays: The centre where it differs from the original weights.
@@ -83,12 +93,14 @@ class Landscape:
         matrices: The centre, V `[g, d, m]` by initializer.
     """
 
-    def __init__(self, bench: Workbench, samples: Samples, loss: Loss, arrays: Arrays) -> None:
+    def __init__(self, bench: Workbench, session: Session, samples: Samples, loss: Loss, arrays: Arrays) -> None:
         self._bench = bench
+        self._session = session
         self._samples = samples
         self._loss = loss
         # All weights are fed in every run, so that the runtime folds and fuses the same way in each.
         self._center = {w.name: arrays.get(w.name, bench.model.initializer(w.name)) for w in bench.weights}
+        self._anchor = {name + CENTER: array for name, array in self._center.items()}
         self._weights = {w.name: w for w in bench.weights}
         self.matrices: dict[str, Matrix] = {
             w.name: np.ascontiguousarray(w.form.to_matrix(self._center[w.name]), dtype=np.float64)
@@ -191,7 +203,7 @@ class Landscape:
         return arrays
 
     def _run(self, batch: Batch, arrays: Arrays) -> Outputs:
-        return self._bench.trial.run({**batch.feeds, **arrays})
+        return self._session.run({**batch.feeds, **self._anchor, **arrays})
 
     def _losses(self, batch: Batch, outputs: Outputs, reference: Outputs) -> NDArray[np.float64]:
         return self._loss.per_sample(outputs, reference, batch.labels, _rows(batch))[0]

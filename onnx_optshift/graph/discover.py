@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Final
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -22,6 +23,9 @@ from onnx_optshift.graph.scopes import Scopes, domain_of
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.graph.tensors import FLOAT_TYPES, type_name
 from onnx_optshift.graph.weights import Match, Skip, Use, Weight, display_name
+
+# They read a tensor's dims, which a shift keeps.
+_SHAPE_ONLY: Final = frozenset({"Shape", "Size"})
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,8 @@ class _Finder:
                 yield _Reading(self._scopes.leaked[value.name], None, 0, form, quantized)
             consumers = {id(node): node for node in value.outputs}  # listed once for every operand that reads it
             for node in consumers.values():
+                if node.op in _SHAPE_ONLY and not domain_of(node):
+                    continue
                 place = self._scopes.body_of.get(id(node))
                 reader = f"{node.op} node {display_name(node)!r}" + (f" inside {place}" if place else "")
                 for operand, read in enumerate(node.inputs):

@@ -10,6 +10,7 @@ MINUS = "\N{MINUS SIGN}"
 NOTHING = "\N{EN DASH}"
 # Outside these, powers of ten are easier to read than zeros.
 _SMALL, _LARGE = 1e-3, 1e5
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def finite(value: object) -> float | None:
@@ -26,27 +27,21 @@ def estimate(value: object) -> tuple[float | None, float | None]:
     return finite(value), None
 
 
-def split_number(value: float, digits: int = 3) -> tuple[str, int | None]:
-    """A finite number as mantissa and power of ten; the power is None where it is not needed."""
-    if value == 0:
-        return "0", None
-    sign = MINUS if value < 0 else ""
-    mantissa, _, power = f"{abs(value):.{digits - 1}e}".partition("e")
-    if _SMALL <= abs(value) < _LARGE:
-        return sign + f"{float(f'{mantissa}e{power}'):.{max(digits - 1 - int(power), 0)}f}", None
-    return sign + mantissa, int(power)
-
-
 def number_text(value: float | None, digits: int = 3) -> str:
-    """A number as plain text."""
+    """A number with so many significant digits, and with a power of ten where zeros would hide them."""
     if value is None:
         return NOTHING
     if math.isnan(value):
         return "not a number"
     if math.isinf(value):
-        return ("" if value > 0 else MINUS) + "infinite"
-    mantissa, power = split_number(value, digits)
-    return mantissa if power is None else f"{mantissa}e{power}"
+        return "infinite" if value > 0 else f"{MINUS}infinite"
+    if value == 0:
+        return "0"
+    sign = MINUS if value < 0 else ""
+    mantissa, _, power = f"{abs(value):.{digits - 1}e}".partition("e")
+    if _SMALL <= abs(value) < _LARGE:
+        return sign + f"{float(f'{mantissa}e{power}'):.{max(digits - 1 - int(power), 0)}f}"
+    return f"{sign}{mantissa}×10{str(int(power)).translate(_RAISED)}"
 
 
 def percent(share: float | None, decimals: int = 2) -> str:

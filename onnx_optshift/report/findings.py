@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 # A figure of two models, on the same terms.
 _SIDES = ("before", "after", "change")
@@ -46,7 +46,7 @@ def verdict(*sources: Mapping[str, Any] | None) -> Verdict | None:
             found = {"answer": found}
         if isinstance(found, Mapping):
             rows = found.get("checks") or (source or {}).get("checks")
-            checks = _table("checklist", rows) if _is_rows(rows) else None
+            checks = _table("Checklist", rows) if _is_rows(rows) else None
             return Verdict(str(found.get("answer", "")), str(found.get("why", "")), checks)
     return None
 
@@ -115,7 +115,7 @@ def _is_comparison(value: object) -> bool:
     return isinstance(value, Mapping) and "before" in value and set(value) <= set(_SIDES)
 
 
-def _is_rows(value: object) -> bool:
+def _is_rows(value: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(item, Mapping) for item in value)
 
 

@@ -13,7 +13,7 @@ from importlib import import_module, resources
 from typing import TYPE_CHECKING, Any
 
 from onnx_optshift.errors import InputError
-from onnx_optshift.report.figures import NOTHING, change, estimate, number_text, percent, split_number
+from onnx_optshift.report.figures import MINUS, NOTHING, change, estimate, number_text, percent
 from onnx_optshift.report.findings import findings, verdict
 from onnx_optshift.report.model import DataInfo, LayerReport, Report
 from onnx_optshift.report.terminal import printable
@@ -33,6 +33,7 @@ _BADGES = {
     "go": ("good", "\N{CHECK MARK}"),
     "accepted": ("good", "\N{CHECK MARK}"),
     "shifted": ("good", "\N{CHECK MARK}"),
+    "unchanged": ("plain", "="),
     "warn": ("warn", "!"),
     "try small": ("warn", "!"),
     "rejected": ("warn", "!"),
@@ -88,10 +89,13 @@ def render(report: Report) -> str:
     layers = charts.candidates(report)
     page = environment.from_string(source).render(
         report=report,
-        file=_text(re.split(r"[\\/]", report.model.input)[-1]),
+        # The folder too, as many models are called model.onnx.
+        file=_text("/".join(re.split(r"[\\/]", report.model.input)[-2:])),
+        bound=_bound(report.settings.get("tolerance")),
         status=_status(report),
         tiles=_tiles(report, layers),
         layers=layers,
+        reasons=list(dict.fromkeys(layer.reason for layer in layers if layer.reason not in {"", layer.status})),
         skipped=_skipped(report.layers),
         verdict=verdict(report.collapse, report.flatness),
         flatness=findings(report.flatness),
@@ -118,6 +122,13 @@ def _status(report: Report) -> tuple[str, str]:
     return "good", f"Verified: {what} was run on {samples} samples, and every output stayed within its bound."
 
 
+def _bound(tolerance: object) -> str:
+    """Where the bounds of the outputs come from."""
+    if tolerance == "auto":
+        return "the deviation measured when held-out data had chosen the tolerance"
+    return "the tolerance that was asked for" if tolerance else "a small multiple of the runtime's own noise"
+
+
 def _tiles(report: Report, layers: Sequence[LayerReport]) -> list[tuple[str, Markup | str, str]]:
     """The figures that tell how the run went: label, figure, remark."""
     tiles: list[tuple[str, Markup | str, str]] = []
@@ -136,17 +147,19 @@ def _tiles(report: Report, layers: Sequence[LayerReport]) -> list[tuple[str, Mar
         tiles.append(("norm of all weights", change(before, after), f"{number_text(before)} → {number_text(after)}"))
     if report.verification is not None and report.verification.outputs:
         worst = max(report.verification.outputs, key=lambda output: output.rel)
-        allowed = f"allowed: {number_text(worst.bound, 2)}"
-        tiles.append(("deviation of the outputs", _number(worst.rel, 2), allowed))
+        remark = f"allowed: {number_text(worst.bound, 2)}"
+        agreed = [o.top1_agreement for o in report.verification.outputs if o.top1_agreement is not None]
+        # Nobody must read "within its bound" as "the same" where answers changed.
+        remark += f"; same answer on {percent(min(agreed), 1)}" if agreed else ""
+        tiles.append(("deviation of the outputs", _number(worst.rel, 2), remark))
     if result := report.heldout_result:
         loss = f"{number_text(result.before.loss)} → {number_text(result.after.loss)}"
         tiles.append(("held-out loss", loss, f"{result.after.n} samples"))
         if result.before.top1 is not None and result.after.top1 is not None:
             points = 100 * (result.after.top1 - result.before.top1)
-            remark = f"{points:+.2f} points".replace("-", "−")
-            tiles.append(
-                ("held-out accuracy", f"{100 * result.before.top1:.1f} → {percent(result.after.top1, 1)}", remark)
-            )
+            accuracy = f"{100 * result.before.top1:.1f} → {percent(result.after.top1, 1)}"
+            remark = f"{points:+.2f} points".replace("-", MINUS) if points else "same"
+            tiles.append(("held-out accuracy", accuracy, remark))
     return tiles
 
 
@@ -171,7 +184,8 @@ def _quantization(rows: Sequence[Mapping[str, Any]] | None) -> list[tuple[Any, A
     found = []
     for row in rows or ():
         before, after = row.get("error_before"), row.get("error_after")
-        found.append((row.get("layer"), row.get("bits"), before, after, change(estimate(before)[0], estimate(after)[0])))
+        difference = change(estimate(before)[0], estimate(after)[0])
+        found.append((row.get("layer"), row.get("bits"), before, after, difference))
     return found
 
 
@@ -188,18 +202,14 @@ def _setting(value: object) -> str:
 
 
 def _number(value: float | None, digits: int = 3) -> Markup:
-    """A number with its full value kept for machines, and a real power of ten."""
+    """A number for people, with its full value kept for machines."""
     from markupsafe import Markup
 
     if value is None:
         return Markup('<span class="nothing" title="not measured">{}</span>').format(NOTHING)
     if not math.isfinite(value):
         return Markup('<strong class="odd">{}</strong>').format(number_text(value))
-    mantissa, power = split_number(value, digits)
-    shown = Markup("{}").format(mantissa)
-    if power is not None:
-        shown = Markup("{}×10<sup>{}</sup>").format(mantissa, str(power).replace("-", "−"))
-    return Markup('<data value="{}">{}</data>').format(repr(float(value)), shown)
+    return Markup('<data value="{}">{}</data>').format(repr(float(value)), number_text(value, digits))
 
 
 def _cell(value: Any) -> Markup | str:
@@ -236,6 +246,5 @@ def _name(value: object) -> Markup:
     cut = len(text) - _TAIL
     while cut < len(text) and unicodedata.combining(text[cut]):
         cut += 1
-    return Markup('<span class="name" title="{}"><span class="head">{}</span><span class="tail">{}</span></span>').format(
-        text, text[:cut], text[cut:]
-    )
+    parts = Markup('<span class="head">{}</span><span class="tail">{}</span>').format(text[:cut], text[cut:])
+    return Markup('<span class="name" title="{}">{}</span>').format(text, parts)
