@@ -150,6 +150,7 @@ def build_report(findings: Findings, outcome: Outcome | None, clock: Clock, out:
         timing=clock.timing(),
         peak_memory_bytes=peak_memory(),
         warnings=data.warnings if data else (),
+        decisions=findings.decision.notes if findings.decision else (),
         summary=_summary(findings, outcome, layers),
     )
 
@@ -269,7 +270,11 @@ def _summary(findings: Findings, outcome: Outcome | None, layers: list[LayerRepo
             "the held-out gate refused every shift" if rejected else "every layer's equation has only one solution left"
         )
         return f"Nothing to gain: {why}. The model was written unchanged."
-    return f"{len(shifted)} of {len(candidates)} layers shifted; {_proved(outcome.verification)}."
+    where = ""
+    if findings.decision is not None and findings.data is not None:
+        covered, all_samples = len(findings.decision.covered), len(findings.data.calibration)
+        where = f" on the {covered} samples that the stochastic shift keeps" if covered < all_samples else ""
+    return f"{len(shifted)} of {len(candidates)} layers shifted; {_proved(outcome.verification)}{where}."
 
 
 def _proved(proof: Verification | None) -> str:

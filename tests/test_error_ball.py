@@ -115,6 +115,19 @@ def test_the_norm_falls_with_the_tolerance(name):
     assert max(norms[-2:]) < 1e-12  # W = 0 has the residual 1
 
 
+def test_dropped_directions_use_up_their_part_of_the_ball():
+    # In bfloat16 the second direction is within rounding: it is dropped, and what that costs is not free.
+    rows, matrix = np.diag([1.0, 3e-3, 2e-3, 1e-3])[None], np.ones((1, 4, 1))
+    ball = BallPath(cases.spectrum(rows), torch.from_numpy(matrix), 2.0**-8)
+    used = ball.at(0).predicted_residual
+    assert ball.at(0).rank == 1
+    assert used == pytest.approx(math.sqrt(14e-6), rel=1e-4)
+    assert torch.equal(ball.at(0.99 * used).matrix, ball.at(0).matrix)
+    for tolerance in (1.01 * used, 1.1 * used, 0.1):
+        shift = ball.at(tolerance)
+        assert reference.residual(rows, matrix, shift.matrix.numpy()) == pytest.approx(tolerance, rel=1e-9)
+
+
 def test_the_frontier_is_that_of_the_single_solutions():
     rows, matrix, ball = path("deficient")
     for tolerance, norm, widest in ball.frontier(TOLERANCES):

@@ -13,6 +13,7 @@ from onnx_optshift.errors import InputError
 from onnx_optshift.solve import error_ball, quant_range
 from onnx_optshift.solve.quant_range import GAP, Granularity
 from onnx_optshift.solve.shift import Outcome
+from onnx_optshift.solve.spectrum import Coordinates
 
 
 def solved(name, tolerance, **granularity):
@@ -112,6 +113,30 @@ def test_ranges_fall_with_the_tolerance():
     ]
     assert all(later < earlier for earlier, later in pairwise(ranges))
     assert float(ranges[-1]) < 1e-6
+
+
+def test_directions_too_weak_for_the_rank_still_count():
+    # At bfloat16's rounding unit most directions of this case are dropped; moved far enough they would be felt.
+    rows, matrix, spectrum = cases.draw("decaying")
+    unit = 2.0**-8
+    assert Coordinates.of(spectrum, torch.from_numpy(matrix), unit).rank < spectrum.width - 5
+    for tolerance in (0.0, 0.01):
+        w = quant_range.solve(spectrum, torch.from_numpy(matrix), tolerance, unit).matrix.numpy()
+        assert column_residuals(rows, matrix, w).max() == pytest.approx(max(tolerance, unit), rel=1e-6)
+
+
+@pytest.mark.parametrize("limit", [10, 500])
+def test_a_column_that_is_narrowest_already_does_not_grow(limit, monkeypatch):
+    rows, matrix, shift = solved("deficient", 0.0)
+    given = torch.from_numpy(matrix).clone()
+    given[..., :3] = shift.matrix[..., :3]
+    monkeypatch.setattr(quant_range, "MAX_ITERATIONS", limit)
+    again = quant_range.solve(cases.spectrum(rows), given, 0.0, FLOAT32)
+    assert again.outcome.moved
+    before, after = Granularity().ranges(given), Granularity().ranges(again.matrix)
+    assert bool((after <= before).all())
+    np.testing.assert_allclose(after[..., :3], before[..., :3], rtol=4 * GAP)
+    assert bool((after[..., 3:] < 0.99 * before[..., 3:]).all())
 
 
 def test_stopping_early_is_said_and_still_within_the_tolerance(monkeypatch):

@@ -54,6 +54,18 @@ def test_null_directions_are_exactly_zero(rank):
         assert found.tolist() == [min(rank, seed_rows)] * 2
 
 
+def test_negative_eigenvalues_show_how_far_rounding_reaches():
+    # A Gram matrix summed in half the digits: its null directions come out as +-1e-9, not as 1e-16.
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((1, 40, 6)) @ rng.standard_normal((1, 6, 30))
+    gram = torch.from_numpy(np.swapaxes(rows, 1, 2) @ rows)
+    noise = torch.from_numpy(rng.standard_normal((1, 30, 30)))
+    for size, expected in ((0.0, 6), (1e-9, 6)):
+        folded = InputMoments(1, 30)
+        folded.update_gram(gram + size * gram.max() * (noise + noise.mT), torch.zeros(1, 30), 40)
+        assert int((factor(folded).eigenvalues > 0).sum()) == expected
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_dropped_directions_change_the_output_by_less_than_rounding(name):
     rows, matrix, spectrum = cases.draw(name)

@@ -1,6 +1,6 @@
 """One layer at few bits: round-to-nearest and GPTQ, of the weight as it was and of range-shifted ones.
 
-    python tools/gptq_reference.py MODEL.onnx --weight NAME [--calib FILE --test FILE] [--tolerance 0.03 0.1] [--bits 4 3]
+    python tools/gptq_reference.py MODEL.onnx --weight NAME [--calib FILE --test FILE] [--tolerance 0.03 0.1 ...]
 
 GPTQ (Frantar, Ashkboos, Hoefler, Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained
 Transformers", ICLR 2023) is here for comparison alone: all inputs in one block, damping of 1 % of the mean diagonal,

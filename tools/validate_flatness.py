@@ -26,11 +26,12 @@ from make_models import RECIPES
 
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.data import find_calibration
-from onnx_optshift.diagnose.flatness import flatness
-from onnx_optshift.diagnose.landscape import loss_of
+from onnx_optshift.diagnose.flatness import Directions, flatness
+from onnx_optshift.diagnose.landscape import Landscape, loss_of, smooth_session
 from onnx_optshift.settings import Settings
 from onnx_optshift.workbench import Workbench, open_model, open_workbench
 
+SAME_PROBES = 8
 MODELS = Path(__file__).parents[1] / "models"
 
 
@@ -86,7 +87,7 @@ def hessian_product(loss, at: dict[str, torch.Tensor], along: dict[str, torch.Te
 
 
 def exact_trace(loss, key: str, value: torch.Tensor, chunk: int = 64) -> float:
-    """tr H of one parameter's block: every column by automatic differentiation."""
+    """Trace of one parameter's block of H: every column by automatic differentiation."""
     gradient = torch.func.grad(lambda w: loss({key: w}))
 
     def entry(unit: torch.Tensor) -> torch.Tensor:
@@ -96,6 +97,46 @@ def exact_trace(loss, key: str, value: torch.Tensor, chunk: int = 64) -> float:
     for start in range(0, len(units), chunk):
         total += float(torch.vmap(entry)(units[start : start + chunk].reshape(-1, *value.shape)).sum())
     return total
+
+
+def exact_mlp_trace(network: nn.Module, number: int, samples: torch.Tensor) -> float:
+    """Trace of one layer's block of H in an MLP of ReLUs: `E ‖a‖² tr(Jᵀ H_out J)`, J from its outputs z to the logits.
+
+    The logits are piecewise linear in the weight, so that nothing but the Gauss-Newton part is there.
+    """
+    layers = list(network.layers)
+    rows = samples
+    for layer in layers[:number]:
+        rows = torch.relu(layer(rows))
+
+    def rest(z: torch.Tensor) -> torch.Tensor:
+        for layer in layers[number + 1 :]:
+            z = layer(torch.relu(z))
+        return z
+
+    z = layers[number](rows).detach()
+    jacobian = torch.vmap(torch.func.jacrev(rest))(z)
+    shares = torch.softmax(rest(z), dim=1)
+    outer = torch.diag_embed(shares) - shares[:, :, None] * shares[:, None, :]
+    inner = torch.einsum("ncm,ncd,ndm->n", jacobian, outer, jacobian)
+    return float((rows.square().sum(dim=1) * inner).mean().detach())
+
+
+def error_on_the_same_probes(bench, samples, loss, key: str, value: torch.Tensor, layer, seed: int) -> float:
+    """Relative error of the mean zᵀHz over a few of the run's own probes: what differencing alone costs."""
+    weight = next(weight for weight in bench.weights if weight.name == layer.name)
+    place = Landscape(bench, smooth_session(bench), samples, loss_of(bench, samples), {})
+    directions = Directions([weight.name for weight in bench.weights], place, seed)
+    found, exact = 0.0, 0.0
+    array = bench.model.initializer(layer.name)
+    as_stored = array.shape == tuple(value.shape) and np.allclose(array, value.numpy())
+    for probe in range(SAME_PROBES):
+        signs = directions.signs(layer.name, probe)
+        found += place.differences({layer.name: signs}, layer.step).second
+        z = torch.from_numpy(weight.form.from_matrix(signs))
+        z = z if as_stored else z.T
+        exact += float((hessian_product(loss, {key: value}, {key: z})[key] * z).sum())
+    return found / exact - 1
 
 
 def gauss_newton_product(network, samples, fixed, at, along):
@@ -157,15 +198,22 @@ def main() -> None:
             labels = torch.from_numpy(file["labels"])
         loss, fixed = loss_function(network, inputs, labels)
         keys = {initializer_of(key, len(getattr(network, "layers", ()))): key for key in fixed}
-        print(f"\n{name}: mean loss {found.loss_before:.6g} (torch {float(loss(fixed)):.6g}), noise {found.noise:.2g}, "
-              f"{arguments.probes} probes, {seconds:.1f} s")
-        print(f"{'layer':24}{'step':>10}{'trace':>12}{'s.e.':>9}{'autograd':>12}{'off by':>9}{'in s.e.':>9}")
+        print(
+            f"\n{name}: mean loss {found.loss_before:.6g} (torch {float(loss(fixed)):.6g}), noise {found.noise:.2g}, "
+            f"{arguments.probes} probes, {seconds:.1f} s"
+        )
+        print(
+            f"{'layer':24}{'step':>10}{'trace':>12}{'s.e.':>9}{'autograd':>12}{'off by':>9}{'in s.e.':>9}"
+            f"{'same probes':>13}"
+        )
         total = 0.0
         for layer in found.layers:
             key = keys[layer.name]
-            exact = exact_trace(loss, key, fixed[key])
+            number = int(key.split(".")[1]) if key.startswith("layers.") else -1
+            exact = exact_mlp_trace(network, number, inputs) if number >= 0 else exact_trace(loss, key, fixed[key])
             total += exact
-            _line(layer.name, f"{layer.step:10.2g}", layer.trace.before, exact)
+            same = error_on_the_same_probes(bench, samples, loss, key, fixed[key], layer, arguments.seed)
+            _line(layer.name, f"{layer.step:10.2g}", layer.trace.before, exact, f"{same:13.2%}")
         _line("total", " " * 10, found.trace.before, total)
         _line("total (Gauss-Newton)", " " * 10, found.gauss_newton.before, total)
         at = {keys[layer.name]: fixed[keys[layer.name]] for layer in found.layers}
@@ -176,9 +224,11 @@ def main() -> None:
         print(f"largest eigenvalue: {bracket}; autograd: Gauss-Newton {gauss:.4g}, Hessian {hessian:.4g}", flush=True)
 
 
-def _line(name: str, step: str, found, exact: float) -> None:
+def _line(name: str, step: str, found, exact: float, more: str = "") -> None:
     off = found.value - exact
-    print(f"{name:24}{step}{found.value:12.5g}{found.error:9.2g}{exact:12.5g}{off / exact:9.2%}{off / found.error:9.2f}")
+    print(
+        f"{name:24}{step}{found.value:12.5g}{found.error:9.2g}{exact:12.5g}{off / exact:9.2%}{off / found.error:9.2f}"
+    )
 
 
 if __name__ == "__main__":

@@ -235,7 +235,7 @@ def stochastic(
             if not candidate.arrays:
                 break
             if gate is None:
-                return Decision(candidate, 0.0, batch, notes=(f"stochastic: first draw of {batch_size} samples",))
+                return _stochastic(bench, samples, candidate, batch, None)
             verdict, after = gate.judge(candidate.arrays, f"SOS, B = {batch_size}, draw {draw + 1}", 0.0)
             if verdict.accepted:
                 found.append(_Draw(batch_size, candidate, batch, verdict, after))
@@ -247,8 +247,18 @@ def stochastic(
     good = [draw for draw in found if _as_good(draw.judged, best.judged)]
     # The smallest batch leaves the most freedom; among its draws the best.
     taken = min(good, key=lambda draw: (draw.size, draw.verdict.loss))
-    note = f"stochastic: kept exactly on {taken.size} class-balanced samples"
-    return Decision(taken.candidate, 0.0, taken.batch, notes=(note,), judged=taken.verdict)
+    return _stochastic(bench, samples, taken.candidate, taken.batch, taken.verdict)
+
+
+def _stochastic(
+    bench: Workbench, samples: Samples, candidate: Candidate, batch: Samples, verdict: Trial | None
+) -> Decision:
+    deviation = bench.deviation(samples, candidate.arrays).largest_rel()
+    note = (
+        f"stochastic: outputs are kept on {len(batch)} class-balanced samples; over all {len(samples)} that they were "
+        f"drawn from they deviate by {deviation:.3g}"
+    )
+    return Decision(candidate, 0.0, batch, notes=(note,), judged=verdict)
 
 
 @dataclass(frozen=True)

@@ -53,12 +53,10 @@ class Differences:
 
     Attributes:
         second: zᵀHz, up to truncation and rounding.
-        even: (L(w + hz) + L(w - hz)) / 2 - L(w).
         root: `B Jz` over all samples, `[n k]`, float32, where JᵀBᵀBJ/n is the Gauss-Newton matrix; None unless asked.
     """
 
     second: float
-    even: float
     root: NDArray[np.float32] | None
 
 
@@ -70,6 +68,26 @@ def loss_of(bench: Workbench, samples: Samples) -> Loss:
     """
     batch, outputs = next(iter(bench.reference(samples)))
     return choose_loss(outputs, batch.labels if samples.labels is None else samples.labels, _rows(batch))
+
+
+def rise(bench: Workbench, samples: Samples, loss: Loss, arrays: Arrays, noises: Sequence[Arrays]) -> list[float]:
+    """How much the mean loss of the model itself rises when weights are replaced, for several replacements.
+
+    Args:
+        bench: Runs the model, kinks and all.
+        samples: What the mean is over.
+        loss: The loss.
+        arrays: All weights at the centre.
+        noises: All weights, with noise.
+    """
+    sums = np.zeros(1 + len(noises))
+    count = 0
+    for batch, reference in bench.reference(samples):
+        for k, weights in enumerate([arrays, *noises]):
+            outputs = bench.trial.run({**batch.feeds, **weights})
+            sums[k] += loss.per_sample(outputs, reference, batch.labels, _rows(batch))[0].sum()
+        count += _rows(batch)
+    return [float(total - sums[0]) / count for total in sums[1:]]
 
 
 def smooth_session(bench: Workbench) -> Session:
@@ -112,7 +130,7 @@ class Landscape:
 
     def at(self, directions: Directions, step: float) -> float:
         """Mean loss at `w + step z`, z given for the weights that move, `[g, d, m]` each."""
-        moved = self._moved(directions, step)
+        moved = self.moved(directions, step)
         total = 0.0
         for batch, reference in self._bench.reference(self._samples):
             total += float(self._losses(batch, self._run(batch, moved), reference).sum())
@@ -126,7 +144,7 @@ class Landscape:
             step: h.
             root: Whether to keep the first difference of the outputs too.
         """
-        up, down = self._moved(directions, step), self._moved(directions, -step)
+        up, down = self.moved(directions, step), self.moved(directions, -step)
         total, pieces = 0.0, []
         for (batch, reference), center in zip(self._bench.reference(self._samples), self._outputs, strict=True):
             above, below = self._run(batch, up), self._run(batch, down)
@@ -135,9 +153,8 @@ class Landscape:
             if root:
                 slopes = {name: (above[name].astype(np.float64) - below[name]) / (2 * step) for name in center}
                 pieces.append(output_root(self._loss, center, reference, slopes, _rows(batch), batch.labels))
-        even = total / (2 * self.count) - self.value
         kept = np.concatenate([piece.ravel() for piece in pieces]).astype(np.float32) if root else None
-        return Differences(2 * even / step**2, even, kept)
+        return Differences((total / self.count - 2 * self.value) / step**2, kept)
 
     def noise(self, directions: Directions) -> float:
         """ε: standard deviation of the computed mean loss around a smooth function.
@@ -195,7 +212,8 @@ class Landscape:
             self._outputs.append({n: outputs[n] for n in names if np.issubdtype(outputs[n].dtype, np.floating)})
         return total / self.count
 
-    def _moved(self, directions: Directions, step: float) -> Arrays:
+    def moved(self, directions: Directions, step: float) -> Arrays:
+        """All weights at `w + step z`, in their own dtype and shape."""
         arrays = dict(self._center)
         for name, direction in directions.items():
             form, before = self._weights[name].form, self._center[name]

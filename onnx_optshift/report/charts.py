@@ -74,8 +74,9 @@ def _freedom(layers: Sequence[Numbered]) -> Chart | None:
     with drawing(_bars_height(len(known))) as (figure, axes):
         places, shares = range(len(known)), [100 * rank / d for _, _, rank, d in known]
         rests = [100 - share for share in shares]
-        used = axes.barh(places, shares, 0.62, color=COLOURS["after"], label="used by the data")
-        free = axes.barh(places, rests, 0.62, left=shares, color=COLOURS["before"], label="free")
+        thick = 0.62 if len(known) <= MOST_NAMED else 1.0
+        used = axes.barh(places, shares, thick, color=COLOURS["after"], label="used by the data")
+        free = axes.barh(places, rests, thick, left=shares, color=COLOURS["before"], label="free")
         for y, bar, rest, (k, layer, rank, d) in zip(places, used, free, known, strict=True):
             tip([bar, rest], f"{k} {layer.name}: {rank} of {d} directions used, {d - rank} free")
             if len(known) <= MOST_NAMED:
@@ -105,9 +106,15 @@ def _before_after(
         return None
     largest = max(max(before, after) for _, _, before, after in rows) or 1.0
     with drawing(_bars_height(len(rows))) as (figure, axes):
-        upper = axes.barh([y - 0.19 for y in range(len(rows))], [b for *_, b, _ in rows], 0.36, color=COLOURS["before"])
-        lower = axes.barh([y + 0.19 for y in range(len(rows))], [a for *_, a in rows], 0.36, color=COLOURS["after"])
-        for y, first, second, (k, layer, before, after) in zip(range(len(rows)), upper, lower, rows, strict=True):
+        places = range(len(rows))
+        # Beside each other where there is room for two bars, else the shorter one in front of the longer.
+        shift, thick = (0.19, 0.36) if len(rows) <= MOST_NAMED else (0.0, 1.0)
+        befores, afters = [before for _, _, before, _ in rows], [after for _, _, _, after in rows]
+        upper = axes.barh([y - shift for y in places], befores, thick, color=COLOURS["before"], label="before")
+        lower = axes.barh([y + shift for y in places], afters, thick, color=COLOURS["after"], label="after")
+        for y, first, second, (k, layer, before, after) in zip(places, upper, lower, rows, strict=True):
+            first.set_zorder(1 if before >= after else 2)
+            second.set_zorder(1 if after > before else 2)
             tip([first, second], f"{k} {layer.name}: {number_text(before)} before, {number_text(after)} after")
             if len(rows) <= MOST_NAMED:
                 axes.text(max(before, after) + 0.02 * largest, y, change(before, after), va="center", fontsize=9.5)
@@ -115,7 +122,7 @@ def _before_after(
         name = {"norm": "Frobenius norm of the weight", "range": "largest absolute weight"}[what]
         axes.set_xlabel(name)
         _layer_axis(axes, [(k, layer) for k, layer, _, _ in rows])
-        figure.legend([upper, lower], ["before", "after"], loc="outside upper left", ncols=2, frameon=False)
+        figure.legend(loc="outside upper left", ncols=2, frameon=False)
         smaller = sum(after < before for _, _, before, after in rows)
         alt = f"Pairs of bars for {len(rows)} layers: {name} before and after. It is smaller in {smaller}."
         title, caption = {

@@ -191,4 +191,3 @@ class Verdict:
     answer: str
     why: str
     checks: tuple[Check, ...]
-

@@ -40,7 +40,7 @@ def number_text(value: float | None, digits: int = 3) -> str:
     sign = MINUS if value < 0 else ""
     mantissa, _, power = f"{abs(value):.{digits - 1}e}".partition("e")
     if _SMALL <= abs(value) < _LARGE:
-        return sign + f"{float(f'{mantissa}e{power}'):.{max(digits - 1 - int(power), 0)}f}"
+        return sign + f"{abs(value):.{max(digits - 1 - int(power), 0)}f}"
     return f"{sign}{mantissa}×10{str(int(power)).translate(_RAISED)}"
 
 

@@ -81,6 +81,7 @@ def render(report: Report) -> str:
     environment.filters |= {
         "cell": _cell,
         "change": lambda pair: change(*pair),
+        "look": lambda word: _BADGES.get(word, ("plain", ""))[0],
         "name": _name,
         "number": _number,
         "percent": percent,
@@ -146,7 +147,7 @@ def _tiles(report: Report, layers: Sequence[LayerReport]) -> list[tuple[str, Mar
     if before:
         tiles.append(("norm of all weights", change(before, after), f"{number_text(before)} → {number_text(after)}"))
     if report.verification is not None and report.verification.outputs:
-        worst = max(report.verification.outputs, key=lambda output: output.rel)
+        worst = max(report.verification.outputs, key=lambda output: (math.isnan(output.rel), output.rel))
         remark = f"allowed: {number_text(worst.bound, 2)}"
         agreed = [o.top1_agreement for o in report.verification.outputs if o.top1_agreement is not None]
         # Nobody must read "within its bound" as "the same" where answers changed.

@@ -279,7 +279,10 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that a run found, decided and measured. Fields as in the JSON report."""
+    """Everything that a run found, decided and measured. Fields as in the JSON report.
+
+    `warnings` are for the user to act on; `decisions` say which ways were tried and which was taken.
+    """
 
     schema: int = field(default=SCHEMA, init=False)
     tool: ToolInfo
@@ -297,6 +300,7 @@ class Report:
     timing: Timing
     peak_memory_bytes: int | None = None
     warnings: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
     summary: str
 
     def to_dict(self) -> dict[str, Any]:

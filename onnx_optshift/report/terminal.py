@@ -32,7 +32,8 @@ def render(report: Report, console: Console, *, verbose: bool = False) -> None:
     """
     _head(report, console)
     _layers(report, console, verbose)
-    rows = _verification_rows(report) + _heldout_rows(report.heldout_result, verbose) + _frontier_rows(report)
+    rows = _verification_rows(report) + _heldout_rows(report.heldout_result, verbose)
+    rows += [("decided", note) for note in report.decisions] + _frontier_rows(report)
     rows.append(("time", _timing(report)))
     _facts(console, rows)
     _tail(report, console)

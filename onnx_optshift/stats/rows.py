@@ -102,10 +102,15 @@ def observe(moments: InputMoments, tap: Tap, activation: Tensor) -> None:
     for part in parts:
         view = _view(part, tap)
         for piece in view.slices(limit):
-            # Conversion and copy in one pass: a cast alone keeps the strides of im2col, and reshaping copies again.
-            rows64 = view.rows(piece.to(moments.device, torch.float64, memory_format=torch.contiguous_format))
-            # The factor follows the conversion: in half precision it would be rounded away.
-            moments.update(rows64 if form.scale == 1 else rows64 * form.scale)
+            _add(moments, view, piece, form.scale)
+
+
+def _add(moments: InputMoments, view: _RowView, piece: Tensor, scale: float) -> None:
+    """Adds a slice of a view; on return its float64 copy is gone, before the next one is made."""
+    # Conversion and copy in one pass: a cast alone keeps the strides of im2col, and reshaping copies again.
+    rows = view.rows(piece.to(moments.device, torch.float64, memory_format=torch.contiguous_format))
+    # The factor follows the conversion: in half precision it would be rounded away.
+    moments.update(rows if scale == 1 else rows * scale)
 
 
 def _view(activation: Tensor, tap: Tap) -> _RowView:
