@@ -11,7 +11,7 @@ from typing import Any, Never
 
 from onnx_optshift.errors import InputError, closest
 from onnx_optshift.report import jsonfile
-from onnx_optshift.settings import OBJECTIVES, Settings
+from onnx_optshift.settings import OBJECTIVES, RANGE_SCOPES, Settings
 
 PROGRAM = "onnx-optshift"
 SHIFT, INSPECT, VERIFY = "shift", "inspect", "verify"
@@ -225,6 +225,18 @@ def _choice_options(add: Add, command: str) -> None:
             metavar="|".join(OBJECTIVES),
             help="what to make small: the weights' norm (default), or the range that a quantizer scales by",
         )
+        add(
+            "--range-scope",
+            metavar="|".join(RANGE_SCOPES),
+            help="what shares a scale of the quantizer, for --objective range (default: channel)",
+        )
+        add("--range-block", type=_whole, metavar="N", help="inputs of a channel that share a scale: 32, 64 or 128")
+        add(
+            "--quantization-bits",
+            type=_bits,
+            metavar="B[,B...]",
+            help="bit widths to be quantized to: the report gives their errors before and after",
+        )
     names = "exact names, globs or re:... of nodes or initializers"
     add("--nodes-to-include", "-ni", metavar="NAME", help=f"only these layers: {names}", **_SEVERAL)
     add(
@@ -283,6 +295,10 @@ def _whole(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+
+
+def _bits(text: str) -> tuple[int, ...]:
+    return tuple(_whole(part) for part in text.split(","))
 
 
 def _stochastic(text: str) -> int:

@@ -15,8 +15,11 @@ from numpy.typing import NDArray
 
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
+from onnx_optshift.quantize.error import output_error
+from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.solve.error_ball import BallPath
 from onnx_optshift.solve.objective import solve_layer
+from onnx_optshift.solve.quant_range import Granularity
 from onnx_optshift.solve.shift import Outcome, Shift
 from onnx_optshift.solve.spectrum import Spectrum, factor, relative_residual
 from onnx_optshift.stats.moments import InputMoments
@@ -83,6 +86,7 @@ class Layers:
         content: Reads an initializer by name.
         device: The torch device of the solvers.
         objective: Name in `solve.objective.OBJECTIVES`.
+        granularity: Which weights share a scale of the quantizer, for the objective that asks.
     """
 
     def __init__(
@@ -93,18 +97,23 @@ class Layers:
         *,
         device: str = "cpu",
         objective: str = "norm",
+        granularity: Granularity | None = None,
     ) -> None:
         self.weights = {weight.name: weight for weight in weights}
         self.statistics = statistics
         self._content = content
         self._device = device
-        self._objective = objective
+        self.objective = objective
+        self._granularity = granularity
         self._spectra: dict[tuple[Tap, ...], Spectrum] = {}
 
     def matrix(self, weight: Weight) -> torch.Tensor:
         """V `[g, d, m]` of a weight, float64 on the solvers' device."""
-        array = weight.form.to_matrix(self._content(weight.name)).astype(np.float64)
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+        return self._as_matrix(weight, self._content(weight.name))
+
+    def _as_matrix(self, weight: Weight, array: NDArray[np.generic]) -> torch.Tensor:
+        matrix = np.ascontiguousarray(weight.form.to_matrix(array).astype(np.float64))
+        return torch.from_numpy(matrix).to(self._device)
 
     def moments(self, weight: Weight) -> InputMoments:
         """Moments of all rows that meet a weight: those of its uses, stacked."""
@@ -131,7 +140,8 @@ class Layers:
         shift = solve_layer(
             spectrum,
             matrix,
-            objective=self._objective,
+            objective=self.objective,
+            granularity=self._granularity,
             tolerance=tolerance,
             rounding_unit=ROUNDING_UNIT[weight.dtype],
         )
@@ -142,10 +152,22 @@ class Layers:
     def written(self, weight: Weight, shift: Shift) -> Solved:
         """A solution as it would stand in the file: rounded once, its residual measured on what rounding left."""
         array = self.rounded(weight, shift.matrix)
-        rounded = torch.from_numpy(np.ascontiguousarray(weight.form.to_matrix(array).astype(np.float64)))
-        residual = relative_residual(self.spectrum(weight), self.matrix(weight), rounded.to(self._device))
+        rounded = self._as_matrix(weight, array)
+        residual = relative_residual(self.spectrum(weight), self.matrix(weight), rounded)
         # The solution in float64 has done its work; a model's worth of them would be twice its size.
         return Solved(replace(shift, matrix=shift.matrix.new_empty(0)), array, residual)
+
+    def quantization_errors(
+        self, weight: Weight, array: NDArray[np.generic], grids: Sequence[Grid]
+    ) -> list[tuple[Grid, float, float]]:
+        """(grid, error before, error after) of a weight under round-to-nearest, relative to the original's outputs."""
+        if self.moments(weight).nonfinite or self.moments(weight).rows == 0:
+            return []
+        spectrum, matrix, shifted = self.spectrum(weight), self.matrix(weight), self._as_matrix(weight, array)
+        return [
+            (grid, output_error(spectrum, matrix, matrix, grid), output_error(spectrum, matrix, shifted, grid))
+            for grid in grids
+        ]
 
     def frontier(self, weight: Weight, tolerances: Sequence[float]) -> list[tuple[float, float, float]]:
         """(tolerance, norm ratio, range ratio) of the norm objective, from the one factorization; [] without rows."""

@@ -19,13 +19,16 @@ from onnx_optshift.calibration.source import Samples
 from onnx_optshift.data import Data
 from onnx_optshift.decide import choose
 from onnx_optshift.decide.gate import Gate
+from onnx_optshift.decide.quantized import Quantizer
 from onnx_optshift.errors import InputError
 from onnx_optshift.layers import Layers, merged
 from onnx_optshift.publish import copy_model, write_and_prove
+from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.report.model import Report
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.reporting import Clock, Findings, Outcome, build_report
 from onnx_optshift.settings import Settings
+from onnx_optshift.solve.quant_range import Granularity
 from onnx_optshift.workbench import Workbench, open_model, open_workbench
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 # Random inputs must give every layer at least this many rows per input feature.
 SYNTHETIC_ROWS_PER_WIDTH = 2
 FEWEST_SYNTHETIC = 64
+# What weights are mostly quantized to where 8 bits are not the question: the objective "range" needs one to judge by.
+DEFAULT_BITS = 4
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def run(
             with clock("solve"):
                 gate = _gate(bench, prepared, settings)
                 decision = _decide(bench, full, fit, gate, prepared, settings)
-            findings = replace(findings, layers=full, decision=decision, gate=gate)
+            findings = replace(findings, layers=full, decision=decision, gate=gate, grids=_grids(settings))
         with clock("verify"):
             proved = write_and_prove(
                 bench,
@@ -137,12 +142,12 @@ def run(
                 external=settings.save_as_external_data,
                 seed=settings.seed,
             )
-        with proved.written as written:
+        with proved:
             # Whatever may still fail or be interrupted comes before the rename: OUT appears last.
             report = build_report(
                 findings, Outcome(proved.sha256, proved.candidate, proved.reverted, proved.verification), clock, out
             )
-            written.commit()
+            proved.written.commit()
         result = Result(report, target)
         weakref.finalize(result, stack.pop_all().close)  # a temporary file lives as long as the result
         return result
@@ -214,13 +219,30 @@ def _layers(bench: Workbench, statistics: Any, settings: Settings) -> Layers:
         bench.model.initializer,
         device=bench.device.solve,
         objective=settings.objective,
+        granularity=_granularity(settings),
     )
+
+
+def _granularity(settings: Settings) -> Granularity:
+    if settings.range_block is not None:
+        return Granularity("block", settings.range_block)
+    return Granularity(settings.range_scope)
+
+
+def _grids(settings: Settings) -> tuple[Grid, ...]:
+    """What the weights are going to be quantized to, as the settings say."""
+    scope = "block" if settings.range_block is not None else settings.range_scope
+    return tuple(Grid(bits, scope, settings.range_block) for bits in settings.quantization_bits)
 
 
 def _gate(bench: Workbench, prepared: Data, settings: Settings) -> Gate | None:
     if prepared.judge is None:
         return None
-    return Gate(bench, prepared.judge, settings.tolerance if isinstance(settings.tolerance, float) else 0.0)
+    quantizer = None
+    if settings.objective == "range":
+        grids = _grids(settings) or _grids(replace(settings, quantization_bits=(DEFAULT_BITS,)))
+        quantizer = Quantizer(bench, grids)
+    return Gate(bench, prepared.judge, settings.tolerance if isinstance(settings.tolerance, float) else 0.0, quantizer)
 
 
 def _decide(

@@ -29,7 +29,7 @@ class Proved:
     """A verified file beside its final place.
 
     Attributes:
-        written: To be committed or discarded.
+        written: To be committed; discarded when the block that this opens ends without that.
         sha256: Of the model file.
         candidate: The shifts that are in it.
         reverted: Initializers put back because the outputs left the tolerance.
@@ -41,6 +41,12 @@ class Proved:
     candidate: Candidate
     reverted: tuple[str, ...]
     verification: Verification | None
+
+    def __enter__(self) -> Proved:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.written.discard()  # does nothing once committed
 
 
 def write_and_prove(

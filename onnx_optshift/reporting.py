@@ -22,6 +22,7 @@ from onnx_optshift.decide.gate import Gate
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.weights import Skip, Weight
 from onnx_optshift.layers import Candidate, Layers, Solved
+from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.report.model import (
     DataInfo,
     DeviceInfo,
@@ -77,7 +78,7 @@ class Findings:
         layers: Statistics of all calibration samples; None before capture.
         decision: What to write; None when nothing was solved.
         gate: The held-out judge and its trials.
-        predicted_memory: Predicted peak in bytes, when capture was planned.
+        grids: What the weights are going to be quantized to.
     """
 
     model: ModelFile
@@ -89,7 +90,7 @@ class Findings:
     layers: Layers | None = None
     decision: Decision | None = None
     gate: Gate | None = None
-    predicted_memory: int | None = None
+    grids: tuple[Grid, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def build_report(findings: Findings, outcome: Outcome | None, clock: Clock, out:
         layers=tuple(layers),
         verification=proof,
         heldout_result=_heldout(findings, candidate) if outcome else None,
+        quantization=_quantization(findings, candidate),
         timing=clock.timing(),
         peak_memory_bytes=peak_memory(),
         warnings=data.warnings if data else (),
@@ -222,6 +224,20 @@ def _status(name: str, solved: Solved, moved: bool, findings: Findings, outcome:
     if name in findings.decision.rejected:
         return "rejected", findings.decision.rejected[name]
     return "unchanged", solved.shift.outcome.value
+
+
+def _quantization(findings: Findings, candidate: Candidate | None) -> tuple[dict[str, Any], ...] | None:
+    """Errors of every layer under round-to-nearest, as the JSON schema has them; None when none were asked for."""
+    if not findings.grids or findings.layers is None or candidate is None:
+        return None
+    arrays = candidate.arrays
+    return tuple(
+        {"layer": weight.name, "bits": grid.bits, "error_before": before, "error_after": after}
+        for weight in findings.weights
+        for grid, before, after in findings.layers.quantization_errors(
+            weight, arrays.get(weight.name, findings.model.initializer(weight.name)), findings.grids
+        )
+    )
 
 
 def _skipped(skip: Skip) -> LayerReport:

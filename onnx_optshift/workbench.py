@@ -53,9 +53,9 @@ class MemoryPlan:
 
     Attributes:
         batch_size: Samples per run of the model.
-        model: The model in two sessions (original and trial), or none where it is small.
+        model: The model as parsed and serialized, and in two sessions (original and trial).
         activations: One batch of tapped activations, and as much again inside ONNX Runtime.
-        statistics: Moments of every tap.
+        statistics: Moments of every tap and their factorizations.
         solve: The largest layer's working set.
         budget: What the sum must not exceed.
     """
@@ -145,13 +145,16 @@ class Workbench:
         sizes, rows = self._measure(samples)
         statistics = sum(8 * tap.groups * tap.width * min(tap.width, rows[tap] * len(samples)) for tap in self.taps)
         solve = max((8 * w.groups * (3 * w.d * w.d + 4 * w.d * w.m) for w in self.weights), default=0)
-        model = 2 * self.model.size
+        # Inline weights exist as the parsed file, its serialized probe and in two sessions; external ones only there.
+        inline = self.model.proto.ByteSize()
+        model = 2 * self.model.size + 2 * inline
         per_sample = 2 * sum(sizes.values())
-        fixed = model + statistics * parts + solve
+        statistics *= 2 * parts  # a factorization is as large as the moments it is made from
+        fixed = model + statistics + solve
         batch_size = self._asked_batch_size or DEFAULT_BATCH_SIZE
         if self._asked_batch_size is None and per_sample > 0:
             batch_size = max(1, min(batch_size, (self._budget - fixed) // per_sample))
-        plan = MemoryPlan(batch_size, model, per_sample * batch_size, statistics * parts, solve, self._budget)
+        plan = MemoryPlan(batch_size, model, per_sample * batch_size, statistics, solve, self._budget)
         if plan.predicted > plan.budget:
             raise InputError(
                 f"memory: predicted peak {_size(plan.predicted)} (model {_size(plan.model)}, activations "

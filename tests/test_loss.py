@@ -12,7 +12,9 @@ LABELS = np.array([0, 1, 2, 3, 0, 1])
 
 
 def plain_cross_entropy(logits, labels):
-    return np.array([-np.log(np.exp(row)[label] / np.exp(row).sum()) for row, label in zip(logits, labels, strict=True)])
+    return np.array([
+        -np.log(np.exp(row)[label] / np.exp(row).sum()) for row, label in zip(logits, labels, strict=True)
+    ])
 
 
 @pytest.mark.parametrize(("outputs", "kind"), [(LOGITS, "logits"), (PROBABILITIES, "probabilities")])

@@ -86,7 +86,7 @@ def strategies(
 ) -> tuple[Strategy, ...]:
     """All layers against their original inputs; and, where they are few, layer by layer against re-captured ones."""
     parallel = Strategy("all layers in parallel, against their original inputs", full.candidate, fit.candidate)
-    if not 1 < len(full.weights) <= MOST_LAYERS:
+    if full.objective != "norm" or not 1 < len(full.weights) <= MOST_LAYERS:
         return (parallel,)
 
     def again(layers: Layers, data: Samples) -> Callable[[float], Candidate]:
@@ -244,7 +244,7 @@ def stochastic(
         names = [weight.name for weight in bench.weights]
         return Decision(unchanged, 0.0, samples, dict.fromkeys(names, "the gate refused every draw"))
     best = min(found, key=lambda draw: draw.verdict.loss)
-    good = [draw for draw in found if _as_good(draw.judged, best.judged)]
+    good = [draw for draw in found if _as_good(gate, draw.judged, best.judged)] if gate else found
     # The smallest batch leaves the most freedom; among its draws the best.
     taken = min(good, key=lambda draw: (draw.size, draw.verdict.loss))
     return _stochastic(bench, samples, taken.candidate, taken.batch, taken.verdict)
@@ -280,16 +280,17 @@ def _unmoved(candidate: Candidate) -> list[str]:
     return [name for name, solved in candidate.solved.items() if not solved.moved]
 
 
-def _as_good(judged: Judged, best: Judged) -> bool:
-    mean, error = paired(judged.losses, best.losses)
+def _as_good(gate: Gate, judged: Judged, best: Judged) -> bool:
+    mean, error = paired(gate.deciding(judged), gate.deciding(best))
     return judged is best or mean <= error
 
 
 def _largest_as_good(judged: dict[float, Judged], gate: Gate) -> float:
-    if gate.loss.is_distance:  # the distance always grows with the residual; the gate has already bounded it
-        return max(judged)
-    best = min(judged.values(), key=lambda after: after.score.loss)
-    return max(residual for residual, after in judged.items() if _as_good(after, best))
+    quantized = any(after.quantized for after in judged.values())
+    if gate.loss.is_distance and not quantized:
+        return max(judged)  # the distance always grows with the residual; the gate has already bounded it
+    best = min(judged.values(), key=lambda after: float(gate.deciding(after).mean()))
+    return max(residual for residual, after in judged.items() if _as_good(gate, after, best))
 
 
 def _groups(

@@ -6,6 +6,10 @@ difference removes the spread between samples, so a real harm shows on few sampl
 deciding (the one-standard-error rule of Breiman et al., Classification and Regression Trees, 1984, on differences).
 Below `FEW_SAMPLES` a standard error says little, and no increase beyond rounding is let through.
 
+Where the weights are going to be quantized, what counts is the quantized model: every weight of both models is rounded
+to nearest, and at no bit width may the outputs' mean distance to the original's float outputs grow. The float loss is
+then reported only, as nobody will run that model.
+
 Without labels only the distance to the original outputs is known; it may reach `UNLABELLED_DISTANCE`, or twice the
 tolerance that was granted on the calibration data if that is more.
 """
@@ -13,14 +17,17 @@ tolerance that was granted on the calibration data if that is more.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_optshift.calibration.source import Batch, Samples
-from onnx_optshift.decide.loss import Loss, choose_loss
+from onnx_optshift.decide.loss import DISTANCE, Loss, choose_loss
+from onnx_optshift.decide.quantized import Quantizer
 from onnx_optshift.layers import Arrays
+from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.report.model import Score, Trial
 from onnx_optshift.workbench import Workbench
 
@@ -35,10 +42,18 @@ UNLABELLED_DISTANCE = 0.01
 
 @dataclass(frozen=True)
 class Judged:
-    """One model on the held-out data: per-sample losses `[n]`, and the share of each that is right (`[n]` or None)."""
+    """One model on the held-out data.
+
+    Attributes:
+        losses: Per sample `[n]`.
+        right: Share of each sample that is right `[n]`; None unless classification.
+        quantized: By grid, squared relative distance of each sample's outputs to the original's `[n]` once all weights
+            are rounded to it.
+    """
 
     losses: NDArray[np.float64]
     right: NDArray[np.float64] | None
+    quantized: Mapping[Grid, NDArray[np.float64]] = field(default_factory=dict)
 
     @property
     def score(self) -> Score:
@@ -54,14 +69,18 @@ class Gate:
         bench: Runs the models.
         samples: Held-out data.
         tolerance: Relative deviation granted on the calibration data; widens the distance allowed without labels.
+        quantizer: What the weights are going to be rounded to; None when they stay as they are.
 
     Raises:
         InputError: The labels fit no output of the model.
     """
 
-    def __init__(self, bench: Workbench, samples: Samples, tolerance: float) -> None:
+    def __init__(
+        self, bench: Workbench, samples: Samples, tolerance: float, quantizer: Quantizer | None = None
+    ) -> None:
         self._bench = bench
         self._samples = samples
+        self._quantizer = quantizer
         self.tried: list[Trial] = []
         self.loss = self._loss()
         self.allowed_distance = max(UNLABELLED_DISTANCE, 2 * tolerance)
@@ -74,14 +93,25 @@ class Gate:
 
     def run(self, arrays: Arrays) -> Judged:
         """Losses of the model with these weights; of the original when there are none."""
+        losses, right = self._run(arrays, self.loss)
+        variants = self._quantizer.variants(arrays) if self._quantizer else ()
+        return Judged(losses, right, {grid: self._run(rounded, DISTANCE)[0] for grid, rounded in variants})
+
+    def _run(self, arrays: Arrays, loss: Loss) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         losses, right = [], []
         for batch, outputs, reference in self._bench.trial_outputs(self._samples, arrays):
-            rows = _rows(batch)
-            batch_losses, batch_right = self.loss.per_sample(outputs, reference, batch.labels, rows)
+            batch_losses, batch_right = loss.per_sample(outputs, reference, batch.labels, _rows(batch))
             losses.append(batch_losses)
             if batch_right is not None:
                 right.append(batch_right)
-        return Judged(np.concatenate(losses), np.concatenate(right) if right else None)
+        return np.concatenate(losses), np.concatenate(right) if right else None
+
+    def deciding(self, judged: Judged) -> NDArray[np.float64]:
+        """What candidates are ranked by, per sample `[n]`: the loss, or the quantized error over the original's."""
+        if not judged.quantized:
+            return judged.losses
+        shares = [errors / self.before.quantized[grid].mean() for grid, errors in judged.quantized.items()]
+        return np.asarray(np.mean(shares, axis=0))
 
     def judge(self, arrays: Arrays, what: str, tolerance: float) -> tuple[Trial, Judged]:
         """Runs one candidate, compares it with the original, and records the trial.
@@ -109,6 +139,15 @@ class Gate:
         return trial, after
 
     def _objection(self, after: Judged, mean: float, error: float) -> str:
+        for grid, errors in after.quantized.items():
+            grown, before = float(errors.mean()), float(self.before.quantized[grid].mean())
+            if not grown <= before * (1 + NO_INCREASE):
+                return (
+                    f"at {grid.bits} bits the quantized outputs' error grows from {math.sqrt(before):.3g} to "
+                    f"{math.sqrt(grown):.3g}"
+                )
+        if after.quantized:
+            return ""
         if self.loss.is_distance:
             distance = math.sqrt(max(float(after.losses.mean()), 0.0))
             if distance <= self.allowed_distance:

@@ -80,6 +80,9 @@ class Loss:
         return losses, right
 
 
+DISTANCE = Loss("relative distance to the original outputs", None, "distance")
+
+
 def choose_loss(outputs: Outputs, labels: NDArray[Any] | None, samples: int) -> Loss:
     """Picks the loss from the original model's outputs on a batch and the labels.
 
@@ -95,7 +98,7 @@ def choose_loss(outputs: Outputs, labels: NDArray[Any] | None, samples: int) -> 
         InputError: The labels fit no output, or a class label is out of range.
     """
     if labels is None:
-        return Loss("relative distance to the original outputs", None, "distance")
+        return DISTANCE
     shapes = {name: value.shape for name, value in outputs.items()}
     if np.issubdtype(labels.dtype, np.integer):
         for name, value in outputs.items():

@@ -33,6 +33,7 @@ def render(report: Report, console: Console, *, verbose: bool = False) -> None:
     _head(report, console)
     _layers(report, console, verbose)
     rows = _verification_rows(report) + _heldout_rows(report.heldout_result, verbose)
+    rows += _quantization_rows(report)
     rows += [("decided", note) for note in report.decisions] + _frontier_rows(report)
     rows.append(("time", _timing(report)))
     _facts(console, rows)
@@ -184,6 +185,21 @@ def _heldout_rows(result: HeldoutResult | None, verbose: bool) -> list[tuple[str
             found = f"{trial.what}: {result.loss_name} {_figure(trial.loss, 4)}{top1}"
             change = f"change {_figure(trial.mean_difference, 2)} +- {_figure(trial.standard_error, 2)}"
             rows.append(("accepted" if trial.accepted else "refused", f"{found}, {change}: {trial.reason}"))
+    return rows
+
+
+def _quantization_rows(report: Report) -> list[tuple[str, str]]:
+    """Errors under round-to-nearest, a geometric mean over layers for each bit width; the JSON report has them all."""
+    rows = []
+    found = report.quantization or ()
+    for bits in dict.fromkeys(entry["bits"] for entry in found):
+        pairs = [(e["error_before"], e["error_after"]) for e in found if e["bits"] == bits]
+        usable = [(before, after) for before, after in pairs if before > 0 and after > 0]
+        if usable:
+            means = [math.exp(sum(math.log(pair[k]) for pair in usable) / len(usable)) for k in (0, 1)]
+            worse = sum(after > before for before, after in pairs)
+            change = f"{means[0]:.3g} -> {means[1]:.3g} ({means[1] / means[0]:.2f}x), worse in {worse}"
+            rows.append(("quantized", f"{bits} bits, output error of a layer, mean of {len(usable)}: {change}"))
     return rows
 
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from onnx_optshift.errors import InputError, closest
 from onnx_optshift.solve import error_ball, quant_range
+from onnx_optshift.solve.quant_range import Granularity
 from onnx_optshift.solve.shift import Shift
 from onnx_optshift.solve.spectrum import Spectrum
 
@@ -20,7 +21,15 @@ OBJECTIVES: Mapping[str, Objective] = {
 }
 
 
-def solve_layer(spectrum: Spectrum, matrix: Tensor, *, objective: str, tolerance: float, rounding_unit: float) -> Shift:
+def solve_layer(
+    spectrum: Spectrum,
+    matrix: Tensor,
+    *,
+    objective: str,
+    tolerance: float,
+    rounding_unit: float,
+    granularity: Granularity | None = None,
+) -> Shift:
     """Solves one layer.
 
     Args:
@@ -29,6 +38,7 @@ def solve_layer(spectrum: Spectrum, matrix: Tensor, *, objective: str, tolerance
         objective: A name in `OBJECTIVES`.
         tolerance: The residual allowed, relative to ‖AV‖_F; 0 is exact.
         rounding_unit: Of the dtype in which the weight is stored: 2⁻²⁴ for float32.
+        granularity: What the quantizer scales by, for the objective "range"; per output channel when not given.
 
     Raises:
         InputError: There is no objective of this name.
@@ -38,4 +48,6 @@ def solve_layer(spectrum: Spectrum, matrix: Tensor, *, objective: str, tolerance
         raise InputError(
             f"objective {objective!r} does not exist. Choose one of: {known}.{closest(objective, list(OBJECTIVES))}"
         )
+    if objective == "range":
+        return quant_range.solve(spectrum, matrix, tolerance, rounding_unit, granularity=granularity)
     return OBJECTIVES[objective](spectrum, matrix, tolerance, rounding_unit)
