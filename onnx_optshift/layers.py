@@ -153,9 +153,25 @@ class Layers:
         """A solution as it would stand in the file: rounded once, its residual measured on what rounding left."""
         array = self.rounded(weight, shift.matrix)
         rounded = self._as_matrix(weight, array)
-        residual = relative_residual(self.spectrum(weight), self.matrix(weight), rounded)
+        written = Shift.unchanged(rounded, shift.outcome)
         # The solution in float64 has done its work; a model's worth of them would be twice its size.
-        return Solved(replace(shift, matrix=shift.matrix.new_empty(0)), array, residual)
+        shift = replace(
+            shift,
+            matrix=rounded.new_empty(0),
+            norm_after=written.norm_before,
+            range_after=written.range_before,
+        )
+        if self.objective == "norm" and not shift.norm_after < shift.norm_before:
+            return _unmoved(
+                replace(
+                    shift,
+                    outcome=Outcome.ROUNDED_AWAY,
+                    norm_after=shift.norm_before,
+                    range_after=shift.range_before,
+                    predicted_residual=0.0,
+                )
+            )
+        return Solved(shift, array, relative_residual(self.spectrum(weight), self.matrix(weight), rounded))
 
     def quantization_errors(
         self, weight: Weight, array: NDArray[np.generic], grids: Sequence[Grid]

@@ -168,7 +168,6 @@ def test_weights_stored_in_another_type_than_computed_keep_theirs():
     assert result.report.layers[0].status == "shifted"
 
 
-@pytest.mark.xfail(reason="norm_after is that of the solution before rounding", strict=True)
 @pytest.mark.parametrize("free", [0.005, 0.5])
 def test_rounding_that_undoes_the_gain_is_not_written(free):
     """A bfloat16 weight with little to gain: rounding the solution adds back more than the solution took away."""

@@ -154,6 +154,7 @@ REPORTS = {
         verification=Verification(True, (output(name=HOSTILE),), report().verification.noise_floor, 2, (HOSTILE,)),
         heldout_result=heldout(trial(what=HOSTILE, reason=HOSTILE)),
         quantization=({"layer": HOSTILE, "bits": 4, "error_before": 0.2, "error_after": 0.1},),
+        decisions=(HOSTILE,),
         flatness={HOSTILE: HOSTILE, "verdict": {"answer": HOSTILE, "why": HOSTILE, "checks": ({HOSTILE: HOSTILE},)}},
     ),
     "unicode": report(layers=(layer(name="層/注意/クエリ"), layer(name="ü" * 300), unchanged("الطبقة"))),
@@ -336,7 +337,7 @@ def test_hostile_names_are_text(pages):
     found = Page(pages("hostile"))
     shown = '</td><script>alert("x")</script>$\\frac{$ #0a0b01 \\x1b[31m\\u202e\\ud800\'&amp;'
     # Layer, reasons, skip, setting and its value, summary, warning, output, put back, trial, ... each as plain text.
-    assert found.text.count(shown) >= 12
+    assert found.text.count(shown) >= 13
     assert "\x1b" not in pages("hostile")
     assert "\u202e" not in pages("hostile")
 

@@ -21,7 +21,6 @@ from onnx_optshift.report.terminal import printable
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-SUFFIX = ".html"
 EXTRA = "report"
 _TEMPLATE = "page.html.j2"
 # Characters at the end of a long name that are always shown; its start is what a narrow column cuts.
@@ -54,7 +53,7 @@ def check_installed() -> None:
             import_module(name)
         except ImportError as error:
             raise InputError(
-                f"a report as {SUFFIX} needs the package {name}, which cannot be imported ({error}). "
+                f"a report as .html needs the package {name}, which cannot be imported ({error}). "
                 f"Install it with: pip install 'onnx-optshift[{EXTRA}]'"
             ) from error
 

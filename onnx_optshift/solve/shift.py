@@ -33,6 +33,10 @@ class Outcome(Enum):
         "nothing to gain: no solution is noticeably smaller than the weight itself. (a) The model was shifted before. "
         "(b) Training with weight decay had already removed what no row reaches. (c) The tolerance is too small"
     )
+    ROUNDED_AWAY = (
+        "nothing to gain: rounding the solution to the weight's dtype adds back what it took away, so that the bytes "
+        "stay. A larger tolerance leaves more room"
+    )
     NO_ROWS = (
         "no calibration row reached the layer. (a) The calibration data is empty. "
         "(b) The layer lies on a branch that the data never takes"
