@@ -21,6 +21,7 @@ from onnx_optshift.decide import choose
 from onnx_optshift.decide.gate import Gate
 from onnx_optshift.decide.quantized import Quantizer
 from onnx_optshift.errors import InputError
+from onnx_optshift.graph.atomic import check_target
 from onnx_optshift.layers import Layers, merged
 from onnx_optshift.publish import copy_model, write_and_prove
 from onnx_optshift.quantize.rtn import Grid
@@ -115,6 +116,8 @@ def run(
         ToleranceError: The outputs left the tolerance and backing off did not help.
     """
     clock = Clock()
+    if out is not None and not settings.dry_run:
+        check_target(Path(out))  # before the work, not after it
     source, weights, skips = open_model(model, settings)
     with ExitStack() as stack:
         target = out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -37,6 +36,7 @@ from onnx_optshift.report.model import (
     Verification,
 )
 from onnx_optshift.settings import Settings
+from onnx_optshift.solve.shift import Outcome as ShiftOutcome
 
 # The tolerances of the frontier: one factorization gives the norm and range at each.
 FRONTIER = (0.0, 0.003, 0.01, 0.03, 0.1, 0.2)
@@ -157,8 +157,12 @@ def build_report(findings: Findings, outcome: Outcome | None, clock: Clock, out:
     )
 
 
-def peak_memory() -> int:
-    """Largest resident size of this process so far, in bytes."""
+def peak_memory() -> int | None:
+    """Largest resident size of this process so far, in bytes; None where the system does not tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
 
@@ -223,7 +227,8 @@ def _status(name: str, solved: Solved, moved: bool, findings: Findings, outcome:
     assert findings.decision is not None
     if name in findings.decision.rejected:
         return "rejected", findings.decision.rejected[name]
-    return "unchanged", solved.shift.outcome.value
+    broken = solved.shift.outcome in {ShiftOutcome.NONFINITE_ROWS, ShiftOutcome.NONFINITE_WEIGHT}
+    return ("skipped" if broken else "unchanged"), solved.shift.outcome.value
 
 
 def _quantization(findings: Findings, candidate: Candidate | None) -> tuple[dict[str, Any], ...] | None:

@@ -220,13 +220,12 @@ class Workbench:
             before[tap] = to_rows(activation, tap).clone()
 
         def join(tap: Tap, _: Batch, activation: torch.Tensor) -> None:
-            pieces = zip(
-                to_rows(activation, tap).split(ROWS_AT_ONCE, 1), before[tap].split(ROWS_AT_ONCE, 1), strict=True
-            )
-            for new, old in pieces:
+            after, original = to_rows(activation, tap), before[tap]
+            for start in range(0, after.shape[1], ROWS_AT_ONCE):
+                part = slice(start, start + ROWS_AT_ONCE)
                 for _copy in range(copies[tap]):
-                    moved.update(new)
-                    cross.baddbmm_(new.mT.to(cross), old.to(cross))
+                    moved.update(after[:, part])
+                    cross.baddbmm_(after[:, part].mT.to(cross), original[:, part].to(cross))
 
         with self.progress.stage(f"capture again for {weight.name}", len(samples)) as advance:
             for batch in samples.batches(self.batch_size):

@@ -85,7 +85,7 @@ def test_every_model(kind, tmp_path):
     least = {"simple": 23, "pytorch-operator": 35, "pytorch-converted": 82, "light": 9, "drawn": 9, "node": 1800}
     assert len(rows) >= least.get(kind, 100)
     # Most node cases that are refused hold values that are not finite: bad calibration data, said in one message.
-    assert found["refused"] <= 0.1 * len(rows)
+    assert found["refused"] <= max(1, 0.1 * len(rows))
 
 
 # --- the survey notices what it is there to notice ---

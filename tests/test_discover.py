@@ -235,6 +235,7 @@ WAYS = {
     "two transposes": ("t = Transpose<perm=[1,0]>(W)  w = Transpose(t)", (4, 3)),
     "cast": ("w = Cast<to=1>(W)", (4, 3)),
     "reshape": ("s = Constant<value=int64[2] {0, -1}>()  w = Reshape(W, s)", (4, 3, 1)),
+    "reshape by attribute": ("s = Constant<value_ints=[-1, 3]>()  w = Reshape(W, s)", (4, 3, 1)),
     "flatten": ("w = Flatten<axis=2>(W)", (2, 2, 3)),
     "squeeze": ("a = Constant<value=int64[1] {-1}>()  w = Squeeze(W, a)", (4, 3, 1)),
     "squeeze all": ("w = Squeeze(W)", (1, 4, 1, 3)),

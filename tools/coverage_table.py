@@ -9,6 +9,7 @@ Every cell of the main graph is a run of the whole pass on a model of one layer 
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -159,12 +160,8 @@ def layers() -> Iterator[Layer]:
 WAYS = (
     ("Identity", "w = Identity(W)", (6, 4)),
     ("Transpose", "w = Transpose(W)", (4, 6)),
-    ("Reshape to a constant shape", "s = Constant<value_ints=[6, -1]>()  w = Reshape(W, s)", (24,)),
-    (
-        "Reshape to a shape from an initializer or a Constant tensor",
-        "s = Constant<value=int64[2] {6, -1}>()  w = Reshape(W, s)",
-        (24,),
-    ),
+    ("Reshape to a constant shape", "s = Constant<value=int64[2] {6, -1}>()  w = Reshape(W, s)", (24,)),
+    ("Reshape to a shape that is computed", "s = Shape(W)  w = Reshape(W, s)", (6, 4)),
     ("Flatten", "w = Flatten<axis=2>(W)", (2, 3, 4)),
     ("Squeeze", "w = Squeeze(W)", (6, 1, 4)),
     ("Unsqueeze", "a = Constant<value=int64[1] {0}>()  w = Unsqueeze(W, a)", (6, 4)),
@@ -241,8 +238,6 @@ def main_graph(layer: Layer, dtype: str) -> str:
 
 def _renamed(text: str, names: list[str]) -> str:
     """The nodes with `_f` appended to these names and to y."""
-    import re
-
     return re.sub(rf"\b({'|'.join([*names, 'y'])})\b(?!\s*=\s*\d|=)", r"\1_f", text)
 
 
@@ -312,11 +307,11 @@ def page() -> str:
     lines = [
         "# Which weights are shifted",
         "",
-        "Made by `python tools/coverage_table.py`, which tries every cell; a test keeps it current. `inspect` says the "
-        "same of the layers of a given model. A weight that is skipped keeps its bytes, and the report gives the reason.",
+        "Made by `python tools/coverage_table.py`, which tries every cell; a test keeps it current. `inspect` says",
+        "the same of the layers of a given model. A weight that is skipped keeps its bytes; the report says why.",
         "",
-        "The columns of types are layers of the main graph, run on the CPU. The last three are weights of the main graph "
-        "that are used inside a body, or inside a function that they are handed to.",
+        "The columns of types are layers of the main graph, run on the CPU. The last three are weights of the main",
+        "graph that are used inside a body, or inside a function that they are handed to.",
         "",
     ]
     columns = [*DTYPES, *PLACES]

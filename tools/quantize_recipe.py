@@ -5,10 +5,11 @@
         [--layer-residual EPS ...] [--quantizers rtn static dynamic nbits peer] [--bits 8 4 3 2] [--seeds 0 1 2]
         [--peer-python PYTHON [--equalizers]]
 
-Each `--tolerance` is one call of `onnx_optshift.shift` per seed. It sees the calibration data alone and splits its own
-judges off that, so the test data has decided nothing; figures are medians over the seeds. Each `--layer-residual`
-shifts all layers in parallel by exactly this residual, without a gate. Both files then go through the same quantizers
-with the same settings. Data that is not named is looked for beside the model: `calibration.npz` and `heldout.npz`.
+Each `--tolerance` is one call of `onnx_optshift.shift` per seed and per bit width of the quantizers. It sees the
+calibration data alone and splits its own judges off that, so the test data has decided nothing; figures are medians
+over the seeds. Each `--layer-residual` shifts all layers in parallel by exactly this residual, without a gate. Both
+files then go through the same quantizers with the same settings. Data that is not named is looked for beside the
+model: `calibration.npz` and `heldout.npz`.
 
 The tables give top-1 and NLL on the test data's labels and the output error `‖Z' - Z‖_F / ‖Z‖_F` of the first output
 against the FLOAT ORIGINAL, so that what the shift itself moves counts too. Ratio = error shifted / error unshifted.
@@ -20,9 +21,10 @@ import argparse
 import hashlib
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -39,10 +41,12 @@ from onnx_optshift.layers import Layers
 from onnx_optshift.optimize import shift
 from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.settings import Settings
+from onnx_optshift.solve.quant_range import Granularity
 from onnx_optshift.workbench import open_model, open_workbench
 
 FAMILIES = ("rtn", "static", "dynamic", "nbits", "peer")
 LABELS = "labels"
+ANY = 0  # bits of a shift that was not made for one width
 BATCH = 100
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -103,63 +107,90 @@ class Judge:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to shift, and the files that it gave, one per seed."""
+    """A way to shift, and the files that it gave.
+
+    Attributes:
+        title: What was done.
+        files: By bits of the quantizer that comes next, one file per seed; one entry for all bits under `ANY`.
+        notes: One line per file.
+    """
 
     title: str
-    files: tuple[Path, ...]
+    files: Mapping[int, tuple[Path, ...]]
+    notes: tuple[str, ...] = ()
+
+    def for_bits(self, bits: int) -> tuple[Path, ...]:
+        """The files for a quantizer of these bits; none where the shift was refused."""
+        return self.files.get(bits, self.files.get(ANY, ()))
 
 
 def shifted_by_tolerance(
-    model: Path, calibration: Path, tolerance: str, arguments: argparse.Namespace, folder: Path
-) -> Variant | None:
-    """The whole pass, as a user calls it, for every seed; None when it refuses."""
-    files, said = [], []
-    for seed in arguments.seeds:
-        try:
-            result = shift(
-                model,
-                str(calibration),
-                tolerance=tolerance if tolerance == "auto" else float(tolerance),
-                objective=arguments.objective,
-                seed=seed,
-                nodes_to_include=tuple(arguments.nodes_to_include),
+    model: Path, calibration: Path, tolerance: str, bits: Sequence[int], arguments: argparse.Namespace, folder: Path
+) -> Variant:
+    """The whole pass, as a user calls it, for every bit width that comes next and every seed."""
+    files: dict[int, tuple[Path, ...]] = {}
+    notes = []
+    for count in bits:
+        for seed in arguments.seeds:
+            try:
+                result = shift(
+                    model,
+                    str(calibration),
+                    tolerance=tolerance if tolerance == "auto" else float(tolerance),
+                    quantization_bits=(count,),
+                    seed=seed,
+                    **_chosen(arguments),
+                )
+            except OptShiftError as error:
+                notes.append(f"{count} bits, seed {seed}: refused: {error}")
+                continue
+            report = result.report
+            shifted = [layer for layer in report.layers if layer.status == "shifted"]
+            residual = max((layer.tolerance or 0.0 for layer in shifted), default=0.0)
+            deviation = max((output.rel for output in report.verification.outputs), default=0.0)
+            notes.append(
+                f"{count} bits, seed {seed}: {len(shifted)} of {len(report.layers)} layers, layer residual "
+                f"{residual:.3g}, model deviation {deviation:.3g}, {report.timing.total:.0f} s"
             )
-        except OptShiftError as error:
-            print(f"\n--tolerance {tolerance}, seed {seed}: refused: {error}")
-            return None
-        report = result.report
-        moved = [layer for layer in report.layers if layer.status == "shifted"]
-        deviation = max(output.rel for output in report.verification.outputs) if report.verification else 0.0
-        said.append(
-            f"seed {seed}: {len(moved)} of {len(report.layers)} layers, model deviation {deviation:.3g}, "
-            f"{report.timing.total:.0f} s"
-        )
-        files.append(result.save(folder / f"shifted-{tolerance}-{seed}.onnx"))
-    return Variant(f"--objective {arguments.objective} --tolerance {tolerance} ({'; '.join(said)})", tuple(files))
+            path = result.save(folder / f"shifted-{tolerance}-{count}-{seed}.onnx")
+            files[count] = (*files.get(count, ()), path)
+    title = f"--objective {arguments.objective} --tolerance {tolerance} --quantization-bits (those of each row)"
+    return Variant(title, files, tuple(notes))
+
+
+def _chosen(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "objective": arguments.objective,
+        "range_scope": arguments.range_scope,
+        "range_block": arguments.range_block,
+        "nodes_to_include": tuple(arguments.nodes_to_include),
+    }
 
 
 def shifted_by_residual(
     model: Path, calibration: Path, residual: float, arguments: argparse.Namespace, folder: Path
 ) -> Variant:
     """All layers in parallel against their original inputs, each by this residual, without a gate."""
-    settings = Settings(objective=arguments.objective, nodes_to_include=tuple(arguments.nodes_to_include))
+    settings = Settings(**_chosen(arguments))
     source, weights, _ = open_model(model, settings)
     bench = open_workbench(source, weights, settings)
     samples = load([str(calibration)], input_specs(source))
     bench.plan(samples)
+    mode = "block" if arguments.range_block else arguments.range_scope
     layers = Layers(
         weights,
         bench.collect(samples),
         source.initializer,
         device=bench.device.solve,
         objective=settings.objective,
+        granularity=Granularity(mode, arguments.range_block or 1),
     )
     candidate = layers.candidate(residual)
     target = folder / f"residual-{residual}.onnx"
     write_beside(source, candidate.arrays, target).commit()
     ratios = [s.shift.range_after / s.shift.range_before for s in candidate.solved.values() if s.shift.range_before]
     said = f"{len(candidate.arrays)} of {len(weights)} layers, ranges {min(ratios):.2f} to {max(ratios):.2f} of before"
-    return Variant(f"objective {arguments.objective}, every layer at residual {residual:g} ({said})", (target,))
+    return Variant(f"objective {arguments.objective}, every layer at residual {residual:g}", {ANY: (target,)}, (said,))
 
 
 def equalized(
@@ -172,7 +203,7 @@ def equalized(
     except NotApplicable as reason:
         print(f"\n{name}: {reason}")
         return None
-    return Variant(f"{name}, instead of a shift", (target,))
+    return Variant(f"{name}, instead of a shift", {ANY: (target,)})
 
 
 def compare(
@@ -184,14 +215,18 @@ def compare(
         before = {quantizer: _scores([model], quantizer, calibration, judge, target) for quantizer in quantizers}
         for variant in variants:
             print(f"\n### {variant.title}\n")
-            print("| quantizer | bits | top-1 | shifted | NLL | shifted | error | shifted | ratio |")
+            for note in variant.notes:
+                print(f"- {note}")
+            print("\n| quantizer | bits | top-1 | shifted | NLL | shifted | error | shifted | ratio |")
             print("|---|---|---|---|---|---|---|---|---|")
-            _print_row("float", 32, judge.score(model), _median([judge.score(file) for file in variant.files]))
+            for bits, files in variant.files.items():
+                name = "float" if bits == ANY else f"float, shifted for {bits} bits"
+                _print_row(name, 32, judge.score(model), _median([judge.score(file) for file in files]))
             for quantizer in quantizers:
                 if isinstance(before[quantizer], str):
                     print(f"| {quantizer.name} | {quantizer.bits} | {before[quantizer]} |||||||", flush=True)
                     continue
-                after = _scores(variant.files, quantizer, calibration, judge, target)
+                after = _scores(variant.for_bits(quantizer.bits), quantizer, calibration, judge, target)
                 if isinstance(after, str):
                     print(f"| {quantizer.name} | {quantizer.bits} | shifted: {after} |||||||", flush=True)
                     continue
@@ -203,6 +238,8 @@ def _scores(
 ) -> Score | str:
     """Median score over the quantized files, or why the quantizer gives none."""
     scores = []
+    if not files:
+        return "no shift that the gate accepts"
     for file in files:
         target.unlink(missing_ok=True)
         try:
@@ -241,7 +278,10 @@ def main() -> None:
     parser.add_argument("--quantizers", nargs="*", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--bits", type=int, nargs="*", default=[8, 4, 3, 2], help="of round-to-nearest")
     parser.add_argument("--asymmetric", action="store_true", help="round to nearest on unsigned levels")
-    parser.add_argument("--rtn-block", type=int, help="round to nearest in blocks instead of per output channel")
+    parser.add_argument(
+        "--range-scope", default="channel", help="of the shift and of round-to-nearest: channel, tensor"
+    )
+    parser.add_argument("--range-block", type=int, help="the same in blocks of so many inputs")
     parser.add_argument("--block-size", type=int, default=32, help="of MatMulNBits (default: %(default)s)")
     parser.add_argument("--samples", type=int, default=200, help="calibration samples for quantizers (they hold all)")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of the shift's own split")
@@ -253,12 +293,12 @@ def main() -> None:
     if not arguments.tolerance and not arguments.layer_residual and not arguments.equalizers:
         parser.error("give --tolerance or --layer-residual: without a shift there is nothing to compare")
     try:
-        scope = {"scope": "block", "block": arguments.rtn_block} if arguments.rtn_block else {}
+        scope = "block" if arguments.range_block else arguments.range_scope
         quantizers = table(
             arguments.quantizers,
             arguments.bits,
             selection=Selection(tuple(arguments.nodes_to_include)),
-            grid=Grid(8, asymmetric=arguments.asymmetric, **scope),
+            grid=Grid(8, scope, arguments.range_block, asymmetric=arguments.asymmetric),
             block=arguments.block_size,
             samples=arguments.samples,
             peer_python=arguments.peer_python,
@@ -280,7 +320,10 @@ def _one_model(
         folder = Path(name)
         judge = Judge(model, read_arrays(test))
         print(f"\n## {model} ({calibration.name}, {test.name})", flush=True)
-        variants = [shifted_by_tolerance(model, calibration, text, arguments, folder) for text in arguments.tolerance]
+        bits = sorted({quantizer.bits for quantizer in quantizers}, reverse=True)
+        variants = [
+            shifted_by_tolerance(model, calibration, text, bits, arguments, folder) for text in arguments.tolerance
+        ]
         variants += [
             shifted_by_residual(model, calibration, value, arguments, folder) for value in arguments.layer_residual
         ]

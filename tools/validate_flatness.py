@@ -86,7 +86,7 @@ def hessian_product(loss, at: dict[str, torch.Tensor], along: dict[str, torch.Te
     return jvp(torch.func.grad(loss), (at,), (along,))[1]
 
 
-def exact_trace(loss, key: str, value: torch.Tensor, chunk: int = 64) -> float:
+def exact_trace(loss, key: str, value: torch.Tensor, chunk: int = 8) -> float:
     """Trace of one parameter's block of H: every column by automatic differentiation."""
     gradient = torch.func.grad(lambda w: loss({key: w}))
 

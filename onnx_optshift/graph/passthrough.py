@@ -124,6 +124,9 @@ def constant_integers(tensors: dict[str, onnx.TensorProto], value: gs.Tensor) ->
     Raises:
         InputError: The constant is damaged.
     """
+    producer = value.inputs[0] if value.inputs else None
+    if producer is not None and producer.op == "Constant" and "value_ints" in producer.attrs:
+        return attribute(producer, "value_ints", ())
     tensor = tensors.get(value.name)
     if tensor is None or tensor.data_type != onnx.TensorProto.INT64 or len(tensor.dims) > 1:
         return None

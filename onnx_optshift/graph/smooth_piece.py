@@ -52,8 +52,7 @@ def smooth_piece_model(model: ModelFile, weights: Sequence[str]) -> bytes:
         nodes.append(center)
         replace = _KINKS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         nodes += (replace(node, center) if replace else None) or [node]
-    # The list is taken before the field is cleared: its messages would be lost with it.
-    nodes = [NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    nodes = [_copied(node) for node in nodes]  # clearing the field would take its messages along
     del graph.node[:]
     graph.node.extend(nodes)
     return bytes(copy.SerializeToString())
@@ -77,10 +76,16 @@ def _subgraphs(node: NodeProto) -> Iterator[onnx.GraphProto]:
 
 def _renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
     """A copy that reads and computes the values of other names, inside its subgraphs too."""
-    copy = NodeProto.FromString(node.SerializeToString())
+    copy = _copied(node)
     copy.name = node.name and node.name + CENTER
     _rename(copy, names)
     copy.output[:] = [names.get(name, name) for name in copy.output]
+    return copy
+
+
+def _copied(node: NodeProto) -> NodeProto:
+    copy = NodeProto()
+    copy.CopyFrom(node)
     return copy
 
 
@@ -107,7 +112,7 @@ def _node(op_type: str, inputs: Sequence[str], output: str, **attributes: int) -
 def _homogeneous(node: NodeProto, center: NodeProto) -> list[NodeProto]:
     """f(x) = s x, with s = sign(x₀) f(sign(x₀)): Relu, LeakyRelu, PRelu, Abs."""
     y, x, x0 = node.output[0], node.input[0], center.input[0]
-    slope_at_sign = NodeProto.FromString(node.SerializeToString())
+    slope_at_sign = _copied(node)
     slope_at_sign.name = ""
     slope_at_sign.input[0] = f"{y}@sign"
     slope_at_sign.output[0] = f"{y}@at_sign"

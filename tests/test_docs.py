@@ -1,0 +1,128 @@
+"""The documents: every command in them parses, and runs; translations show the same commands; links lead somewhere."""
+
+import importlib.util
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from onnx_optshift.arguments import COMMANDS, parse
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+WITH_COMMANDS = [path for path in DOCUMENTS if "```bash\n" in path.read_text(encoding="utf-8")]
+# What sets up an environment is tested by setting one up, in CI.
+SET_UP = re.compile(r"\bpip install\b|-m venv\b|\.ci/run\b")
+
+
+def bash_blocks(text):
+    return re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def command_lines(path):
+    """Every command line of a document that does not set up an environment."""
+    lines = [line for block in bash_blocks(path.read_text(encoding="utf-8")) for line in block.splitlines()]
+    return [line for line in lines if line.strip() and not line.startswith("#") and not SET_UP.search(line)]
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def test_the_guides_have_commands():
+    assert {"README.md", "guide.md", "guide.ja.md"} <= {path.name for path in WITH_COMMANDS}
+
+
+@pytest.mark.parametrize("path", WITH_COMMANDS, ids=name_of)
+def test_our_commands_parse(path, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    ours = [words for words in map(shlex.split, command_lines(path)) if words[:3] == ["python", "-m", "onnx_optshift"]]
+    assert ours or path.parent.name == "docs"
+    assert {parse(words[3:]).command for words in ours} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.*.md")), ids=name_of)
+def test_translations_show_the_same_commands_and_figures(path):
+    original = path.with_name(path.name.split(".")[0] + ".md").read_text(encoding="utf-8")
+    translated = path.read_text(encoding="utf-8")
+    assert bash_blocks(translated) == bash_blocks(original)
+    for pattern in (r"\d+\.\d\d %", r"\| 0\.\d{3}", r"^#+ ", r"^- \[ \]", r"^\|---"):
+        found = [re.findall(pattern, text, re.MULTILINE) for text in (original, translated)]
+        assert found[0] == found[1], pattern
+        assert found[0]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
+def test_links_lead_somewhere(path):
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", path.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+def test_set_up_is_told_from_use():
+    assert SET_UP.search("python3 -m venv .venv && .venv/bin/pip install .")
+    assert not SET_UP.search("python -m onnx_optshift in.onnx out.onnx --calib pip.npz")
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    """A working directory as after a clone, with the files that the README's examples call their own."""
+    for folder in ("models", "tools"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    source = ROOT / "models" / "digits_mlp"
+    model = onnx.load(source / "model.onnx")
+    # The README leaves out what is called head.
+    last = model.graph.node[-1]
+    old, last.input[1] = last.input[1], "head.weight"
+    next(tensor for tensor in model.graph.initializer if tensor.name == old).name = "head.weight"
+    onnx.save(model, tmp_path / "in.onnx")
+    for name in ("calibration", "heldout"):
+        shutil.copy(source / f"{name}.npz", tmp_path)
+    with np.load(source / "calibration.npz") as data:
+        for name, part in (("a", slice(0, None, 2)), ("b", slice(1, None, 2))):
+            np.savez(tmp_path / f"{name}.npz", **{key: data[key][part] for key in data})
+    # Blocks of Python that begin with a file name are that file.
+    for path in DOCUMENTS:
+        text = path.read_text(encoding="utf-8")
+        for name, program in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+            (tmp_path / name).write_text(program, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def installed(words):
+    """Whether a command can be run here: other tools' commands only where they are installed."""
+    return words[0] == "python" or importlib.util.find_spec(words[0]) is not None
+
+
+def run(line):
+    words = shlex.split(line)
+    command = [sys.executable, *words[1:]] if words[0] == "python" else words
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.slow
+# A translation has the commands of its original.
+@pytest.mark.parametrize("path", [path for path in WITH_COMMANDS if path.name.count(".") == 1], ids=name_of)
+def test_commands_run_in_order(path, clone):
+    printed = []
+    for line in command_lines(path):
+        if not installed(shlex.split(line)):
+            continue
+        done = run(line)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+        printed.append(done.stdout)
+    assert printed
+    if path.name == "guide.md":
+        assert {"shifted.onnx", "shifted.html", "shifted.json", "narrow-int8.onnx"} <= {p.name for p in clone.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_command_that_fails_is_noticed(clone):
+    assert run("python -m onnx_optshift in.onnx out.onnx --calib nowhere.npz").returncode == 2
+    assert run("python -m onnx_optshift verify in.onnx models/digits_cnn/model.onnx").returncode == 2
