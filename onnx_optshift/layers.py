@@ -5,7 +5,7 @@ Joins the ONNX side (weights, taps) with the numerical side (moments, spectra, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -74,11 +74,46 @@ class Candidate:
         return Candidate({name: solved for name, solved in self.solved.items() if name in chosen}, self.tolerance)
 
 
+class Waves(Mapping[Tap, InputMoments]):
+    """Statistics of which one wave is held at a time; asking for a tap of another captures that wave anew.
+
+    Args:
+        waves: The taps of each wave.
+        capture: Captures the taps of one wave.
+    """
+
+    def __init__(
+        self, waves: Sequence[Sequence[Tap]], capture: Callable[[Sequence[Tap]], Mapping[Tap, InputMoments]]
+    ) -> None:
+        self._waves = waves
+        self._capture = capture
+        self._number = {tap: number for number, wave in enumerate(waves) for tap in wave}
+        self._held: int | None = None
+        self._statistics: Mapping[Tap, InputMoments] = {}
+
+    def __getitem__(self, tap: Tap) -> InputMoments:
+        number = self._number[tap]
+        if number != self._held:
+            self._statistics = {}  # before the next wave is captured, not after
+            self._statistics, self._held = self._capture(self._waves[number]), number
+        return self._statistics[tap]
+
+    def holds(self, tap: Tap) -> bool:
+        """Whether a tap is of the wave that is held now."""
+        return self._number[tap] == self._held
+
+    def __iter__(self) -> Iterator[Tap]:
+        return iter(self._number)
+
+    def __len__(self) -> int:
+        return len(self._number)
+
+
 class Layers:
     """All layers of a model with the statistics of their inputs.
 
     One factorization serves every tolerance and objective, and every layer that reads the same input. It is made
-    when first needed and then kept, because the search for a tolerance comes back for it.
+    when first needed and then kept as long as the moments are, because the search for a tolerance comes back for it.
 
     Args:
         weights: The weights to be solved for.
@@ -105,7 +140,8 @@ class Layers:
         self._device = device
         self.objective = objective
         self._granularity = granularity
-        self._spectra: dict[tuple[Tap, ...], Spectrum] = {}
+        # (the moments it was made from, the factorization): moments that were captured anew make it stale.
+        self._spectra: dict[tuple[Tap, ...], tuple[InputMoments, Spectrum]] = {}
 
     def matrix(self, weight: Weight) -> torch.Tensor:
         """V `[g, d, m]` of a weight, float64 on the solvers' device."""
@@ -123,9 +159,12 @@ class Layers:
         """Factorization of the rows that meet a weight."""
         # Uses of one weight at the same tap must count twice: the rows are stacked twice.
         key = tuple(sorted((use.tap for use in weight.uses), key=repr))
-        if key not in self._spectra:
-            self._spectra[key] = factor(self.moments(weight))
-        return self._spectra[key]
+        held = self.statistics[key[0]]
+        if key not in self._spectra or self._spectra[key][0] is not held:
+            if isinstance(self.statistics, Waves):
+                self._spectra = {k: v for k, v in self._spectra.items() if self.statistics.holds(k[0])}
+            self._spectra[key] = (held, factor(self.moments(weight)))
+        return self._spectra[key][1]
 
     def solve(self, weight: Weight, tolerance: float) -> Solved:
         """The shift of one weight at a residual tolerance, rounded once to the initializer's dtype."""

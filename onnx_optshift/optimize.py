@@ -207,12 +207,14 @@ def _prepare(
 def _capture(bench: Workbench, prepared: Data, settings: Settings) -> tuple[Layers, Layers]:
     """Layers of all calibration data, and of the part that settings are tried on (the same when none was split off)."""
     bench.plan(prepared.calibration, parts=2 if prepared.split else 1)
-    fit = bench.collect(prepared.fit)
     if not prepared.split or prepared.judge is None:
-        layers = _layers(bench, fit, settings)
+        layers = _layers(bench, bench.collect(prepared.calibration), settings)
         return layers, layers
-    rest = bench.collect(prepared.judge)
-    return _layers(bench, merged(fit, rest), settings), _layers(bench, fit, settings)
+    fit = bench.collect(prepared.fit)
+    if bench.waves > 1:  # each captures its own, wave by wave
+        return _layers(bench, bench.collect(prepared.calibration), settings), _layers(bench, fit, settings)
+    full = merged(fit, bench.collect(prepared.judge))
+    return _layers(bench, full, settings), _layers(bench, fit, settings)
 
 
 def _layers(bench: Workbench, statistics: Any, settings: Settings) -> Layers:

@@ -5,7 +5,7 @@ Trials never touch a file: one session has the weights as overridable inputs, an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.probes import probe_model
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.graph.weights import Skip, Weight
-from onnx_optshift.layers import Arrays, Statistics
+from onnx_optshift.layers import Arrays, Statistics, Waves
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.settings import Settings
 from onnx_optshift.stats.moments import InputMoments
@@ -58,6 +58,7 @@ class MemoryPlan:
         statistics: Moments of every tap and their factorizations.
         solve: The largest layer's working set.
         budget: What the sum must not exceed.
+        waves: Parts of the model's layers that are captured and solved one after the other; 1 where all fit at once.
     """
 
     batch_size: int
@@ -66,6 +67,7 @@ class MemoryPlan:
     statistics: int
     solve: int
     budget: int
+    waves: int
 
     @property
     def predicted(self) -> int:
@@ -105,6 +107,7 @@ class Workbench:
         self._asked_batch_size = batch_size
         self._budget = max_memory if max_memory is not None else int(FREE_MEMORY_SHARE * _free_memory())
         self._custom_op_library = custom_op_library
+        self._waves: tuple[tuple[Tap, ...], ...] = ()
         self._kept: dict[str, list[tuple[Batch, Outputs]]] = {}
 
     def session(self, model: bytes | Path | None = None, **options: Any) -> Session:
@@ -143,26 +146,36 @@ class Workbench:
             InputError: Even one sample at a time would not fit.
         """
         sizes, rows = self._measure(samples)
-        statistics = sum(8 * tap.groups * tap.width * min(tap.width, rows[tap] * len(samples)) for tap in self.taps)
-        solve = max((8 * w.groups * (3 * w.d * w.d + 4 * w.d * w.m) for w in self.weights), default=0)
         # Inline weights exist as the parsed file, its serialized probe and in two sessions; external ones only there.
-        inline = self.model.proto.ByteSize()
-        model = 2 * self.model.size + 2 * inline
-        per_sample = 2 * sum(sizes.values())
-        statistics *= 2 * parts  # a factorization is as large as the moments it is made from
-        fixed = model + statistics + solve
-        batch_size = self._asked_batch_size or DEFAULT_BATCH_SIZE
-        if self._asked_batch_size is None and per_sample > 0:
-            batch_size = max(1, min(batch_size, (self._budget - fixed) // per_sample))
-        plan = MemoryPlan(batch_size, model, per_sample * batch_size, statistics, solve, self._budget)
+        model = 2 * self.model.size + 2 * self.model.proto.ByteSize()
+        solve = max((8 * w.groups * (3 * w.d * w.d + 4 * w.d * w.m) for w in self.weights), default=0)
+
+        def held(taps: Iterable[Tap]) -> int:
+            # A factorization is as large as the moments it is made from.
+            moments = sum(8 * tap.groups * tap.width * min(tap.width, rows[tap] * len(samples)) for tap in taps)
+            return 2 * parts * moments
+
+        def running(taps: Iterable[Tap]) -> int:
+            return 2 * sum(sizes[value] for value in {tap.value for tap in taps})
+
+        asked = self._asked_batch_size
+        room = self._budget - model - solve
+        waves = _waves(self.weights, lambda taps: held(taps) + running(taps) * (asked or 1), room)
+        statistics = max((held(wave) for wave in waves), default=0)
+        per_sample = max((running(wave) for wave in waves), default=0)
+        batch_size = asked or DEFAULT_BATCH_SIZE
+        if asked is None and per_sample > 0:
+            batch_size = max(1, min(batch_size, (room - statistics) // per_sample))
+        plan = MemoryPlan(batch_size, model, per_sample * batch_size, statistics, solve, self._budget, len(waves))
         if plan.predicted > plan.budget:
             raise InputError(
                 f"memory: predicted peak {_size(plan.predicted)} (model {_size(plan.model)}, activations "
                 f"{_size(plan.activations)}, statistics {_size(plan.statistics)}, solver {_size(plan.solve)}) exceeds "
-                f"{_size(plan.budget)}. Raise --max-memory, lower --batch-size, or take fewer layers at a time with "
-                "--nodes-to-include."
+                f"{_size(plan.budget)}, one layer at a time. Raise --max-memory, lower --batch-size, or leave the "
+                "widest layers out with --nodes-to-exclude."
             )
         self.batch_size = batch_size
+        self._waves = waves
         return plan
 
     def rows_per_sample(self, samples: Samples) -> dict[Tap, int]:
@@ -182,20 +195,30 @@ class Workbench:
             rows[tap] = max(1, moments.rows // samples_run)
 
         first = samples.select(np.arange(1))
-        stream(self._capture_session(), self.taps, first.batches(1), measure)
+        stream(self._capture_session(self.taps), self.taps, first.batches(1), measure)
         return sizes, rows
 
     def collect(self, samples: Samples, stage: str = "capture") -> Statistics:
-        """Moments of every tap over these samples, in one streaming pass."""
-        statistics = {tap: InputMoments(tap.groups, tap.width, self.device.solve) for tap in self.taps}
+        """Moments of every tap over these samples: in one streaming pass, or a pass for each wave of the plan."""
+        if len(self._waves) <= 1:
+            return self._collect(self.taps, samples, stage)
+        return Waves(self._waves, lambda taps: self._collect(taps, samples, stage))
+
+    def _collect(self, taps: Sequence[Tap], samples: Samples, stage: str) -> dict[Tap, InputMoments]:
+        statistics = {tap: InputMoments(tap.groups, tap.width, self.device.solve) for tap in taps}
 
         def sink(tap: Tap, batch: Batch, activation: torch.Tensor) -> None:
             observe(statistics[tap], tap, activation)
 
-        session = self._capture_session()
+        session = self._capture_session(taps)
         with self.progress.stage(stage, len(samples)) as advance:
-            stream(session, self.taps, samples.batches(self.batch_size), sink, done=advance)
+            stream(session, taps, samples.batches(self.batch_size), sink, done=advance)
         return statistics
+
+    @property
+    def waves(self) -> int:
+        """How many passes over the data it takes to see every layer's input."""
+        return max(1, len(self._waves))
 
     def collect_moved(self, weight: Weight, samples: Samples, arrays: Arrays) -> tuple[InputMoments, torch.Tensor]:
         """What flows into one weight once others have moved, beside what flowed in before.
@@ -274,8 +297,25 @@ class Workbench:
         for batch, reference in self.reference(samples):
             yield batch, (self.trial.run({**batch.feeds, **arrays}) if arrays else reference), reference
 
-    def _capture_session(self) -> Session:
-        return self.session(probe_model(self.model, list(dict.fromkeys(tap.value for tap in self.taps))))
+    def _capture_session(self, taps: Sequence[Tap]) -> Session:
+        return self.session(probe_model(self.model, list(dict.fromkeys(tap.value for tap in taps))))
+
+
+def _waves(weights: Sequence[Weight], cost: Callable[[Iterable[Tap]], int], room: int) -> tuple[tuple[Tap, ...], ...]:
+    """Taps in graph order, cut into runs that fit; all taps of a weight stay together."""
+    waves: list[dict[Tap, None]] = []
+    for weight in weights:
+        taps = dict.fromkeys(use.tap for use in weight.uses)
+        # A tied weight's taps may lie in several waves already: those become one.
+        joined = [wave for wave in waves if wave.keys() & taps.keys()]
+        if joined:
+            together = {tap: None for wave in joined for tap in wave} | taps
+            waves = [wave for wave in waves if wave not in joined] + [together]
+        elif waves and cost(waves[-1] | taps) <= room:
+            waves[-1] |= taps
+        else:
+            waves.append(taps)
+    return tuple(tuple(wave) for wave in waves)
 
 
 def open_model(source: str | Path | onnx.ModelProto, settings: Settings) -> tuple[ModelFile, list[Weight], list[Skip]]:

@@ -432,6 +432,8 @@ def test_findings_of_any_shape():
     (table,) = found.tables
     assert table.columns == ("figure", "before", "after")
     assert table.rows == (("trace", 2.0, 1.0),)
+    few = findings({"top": {"lower": 2.401865872, "probes": 8}, "list": [0.5, "a"]})
+    assert dict(few.facts) == {"top": "lower: 2.40, probes: 8", "list": "0.500, a"}
     assert findings(None) is findings({"verdict": "go"}) is None
 
 

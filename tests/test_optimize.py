@@ -11,8 +11,11 @@ from onnx import numpy_helper
 
 import onnx_optshift
 from onnx_optshift import optimize
+from onnx_optshift.calibration.load import load
+from onnx_optshift.data import input_specs
 from onnx_optshift.errors import DeviceError, InputError
 from onnx_optshift.settings import Settings
+from onnx_optshift.workbench import open_model, open_workbench
 
 MODELS = Path(__file__).parent.parent / "models"
 NAMES = sorted(path.parent.name for path in MODELS.glob("*/model.onnx"))
@@ -246,3 +249,22 @@ def test_cuda_gives_the_same_solution(tmp_path):
     cpu, cuda = arrays(tmp_path / "cpu.onnx"), arrays(tmp_path / "cuda.onnx")
     for name, weight in cpu.items():
         assert np.linalg.norm(cuda[name] - weight) <= 1e-4 * np.linalg.norm(weight)
+
+
+def test_a_tight_memory_limit_costs_passes_and_changes_nothing(tmp_path):
+    name = "digits_transformer"
+    model, inputs = MODELS / name / "model.onnx", feeds(name, 100)
+    free = run(model, inputs, tmp_path / "free.onnx", batch_size=10).report
+    opened, weights, _ = open_model(model, Settings())
+    bench = open_workbench(opened, weights, Settings(device="cpu", batch_size=10))
+    samples = load([inputs], input_specs(opened))
+    # One byte less than all layers at once would take: then at least two waves.
+    plan = bench.plan(samples)
+    assert plan.waves == 1
+    tight = open_workbench(opened, weights, Settings(device="cpu", batch_size=10, max_memory=plan.predicted - 1))
+    held = tight.plan(samples)
+    assert held.waves > 1
+    assert held.predicted <= plan.predicted - 1
+    run(model, inputs, tmp_path / "tight.onnx", batch_size=10, max_memory=plan.predicted - 1)
+    assert (tmp_path / "tight.onnx").read_bytes() == (tmp_path / "free.onnx").read_bytes()
+    assert any(layer.status == "shifted" for layer in free.layers)

@@ -228,6 +228,8 @@ def _line(name: str, step: str, found, exact: float, more: str = "") -> None:
     off = found.value - exact
     print(
         f"{name:24}{step}{found.value:12.5g}{found.error:9.2g}{exact:12.5g}{off / exact:9.2%}{off / found.error:9.2f}"
+        f"{more}",
+        flush=True,
     )
 
 

@@ -1,8 +1,8 @@
 """Neural collapse at the input of the last linear layer, and how many directions every layer's input uses.
 
 Papyan, Han and Donoho, "Prevalence of neural collapse during the terminal phase of deep learning training" (PNAS 117,
-2020). With features h, class means μ_c, their mean μ_G (every class counting the same), centred means m_c = μ_c - μ_G as
-columns of M, classifier columns w_c and K classes:
+2020). With features h, class means μ_c, their mean μ_G (every class counts the same), centred means m_c = μ_c - μ_G as
+columns of M, classifier columns w_c as columns of W, and K classes:
 
 - NC1, variability collapse: `tr(Σ_W Σ_B⁺) / K`, Σ_W the covariance of features around their own class mean,
   `Σ_B = M Mᵀ / K`;

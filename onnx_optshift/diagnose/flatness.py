@@ -215,9 +215,13 @@ def _both(found: Sequence[Sequence[float]]) -> Flatness:
     if len(found) == 1:
         return Flatness(_estimate(before))
     after = np.asarray(found[1])
-    return Flatness(_estimate(before), _estimate(after), _estimate(after - before))
+    with np.errstate(invalid="ignore"):  # infinity less infinity is no number, and that is what to report
+        change = after - before
+    return Flatness(_estimate(before), _estimate(after), _estimate(change))
 
 
 def _estimate(values: NDArray[np.float64]) -> Estimate:
-    error = float(values.std(ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else None
-    return Estimate(float(values.mean()), error)
+    if len(values) < 2 or not np.isfinite(values).all():
+        # A sample whose original output is 0 is infinitely far, relatively, once it moves.
+        return Estimate(float(values.sum()) / len(values), None)
+    return Estimate(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values)))

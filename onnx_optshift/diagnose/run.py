@@ -15,6 +15,7 @@ from onnx_optshift.calibration.source import Samples
 from onnx_optshift.data import Data
 from onnx_optshift.decide import choose
 from onnx_optshift.decide.loss import Loss
+from onnx_optshift.decide.share import share_out
 from onnx_optshift.diagnose.collapse import collapse, layer_rank
 from onnx_optshift.diagnose.flatness import flatness
 from onnx_optshift.diagnose.landscape import loss_of
@@ -76,7 +77,8 @@ def diagnose(
     with clock("solve"):
         decision = choose.exact(layers, layers, None, samples)
         if isinstance(settings.tolerance, float) and settings.tolerance > 0:
-            decision = choose.within(settings.tolerance, bench, layers, layers, None, samples)
+            shared = share_out(bench, samples, layers.candidate, settings.tolerance, settings.seed)
+            decision = choose.Decision(shared.candidate, settings.tolerance, samples)
     report = build_report(replace(findings, layers=layers, decision=decision), None, clock, None)
     found = None
     if probes:
@@ -115,7 +117,7 @@ def conditions(bench: Workbench, layers: Layers, data: Data) -> dict[str, Any]:
         last = _last_layer(bench.weights, width)
         if last.name in known:
             features = collapse(bench, samples, classes, last, output if last.m == width else None)
-    labels, counts = (np.unique(classes, return_counts=True)) if classes is not None else ([], [])
+    labels, counts = np.unique([] if classes is None else classes, return_counts=True)
     answer = verdict(
         Conditions(
             ranks=ranks,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from onnx_optshift.report.diagnosis import FAIL, GO, NO_GO, PASS, TRY_SMALL, WARN, Check, Collapse, LayerRank, Verdict
 
-# Rows per input feature. From 1 on freedom is the data's and not its scarcity's; twice that is what synthetic inputs get.
+# Rows per input feature. Below 1 some freedom is but a lack of data; twice that is what synthetic inputs get.
 ENOUGH_ROWS = 2.0
 # With fewer held-out samples, one standard error of top-1 at 90 % is more than 2 points.
 ENOUGH_JUDGES = 200
@@ -113,8 +113,8 @@ def _freedom(conditions: Conditions) -> Check:
     share = sum(norm * ratio for norm, ratio in conditions.gains) / whole if whole else 1.0
     layers = sum(rank.needed < rank.d for rank in conditions.ranks)
     figure = (
-        f"{free} free directions in {layers} of {len(conditions.ranks)} layers; norm² falls to {share:.2f} of itself at "
-        f"a layer residual of {JUDGED_AT:g}"
+        f"{free} free directions in {layers} of {len(conditions.ranks)} layers; at a layer residual of {JUDGED_AT:g} "
+        f"norm² falls to {share:.2f} of itself"
     )
     if share > HARDLY and not free:
         advice = "Nothing to gain: training (weight decay) has already taken what the norm could give."

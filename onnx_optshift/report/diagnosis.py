@@ -44,7 +44,7 @@ class LayerFlatness:
         parameters: Its elements.
         step: h of the central difference, absolute; the same before and after.
         trace: tr H of the layer's block of the Hessian.
-        relative: Relative flatness of the layer (Petzka et al. 2021), which no rescaling of neurons changes.
+        relative: Relative flatness (Petzka et al. 2021): the same however one layer is scaled against the next.
     """
 
     name: str

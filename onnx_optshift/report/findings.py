@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from onnx_optshift.report.figures import number_text
+
 # A figure of two models, on the same terms.
 _SIDES = ("before", "after", "change")
 # More values than this are summed up: the JSON report has them all.
@@ -122,12 +124,17 @@ def _is_rows(value: object) -> TypeGuard[Sequence[Mapping[str, Any]]]:
 def _listed(value: Any) -> str:
     """Several values as one text."""
     named = isinstance(value, Mapping)
-    items = [f"{key}: {item}" for key, item in value.items()] if named else [str(item) for item in value]
+    texts = [_single(item) for item in (value.values() if named else value)]
+    items = [f"{key}: {text}" for key, text in zip(value, texts, strict=True)] if named else texts
     if len(items) <= _MOST_LISTED:
         return ", ".join(items)
     numbers = [item for item in (value.values() if named else value) if isinstance(item, (int, float))]
     between = f", from {min(numbers):g} to {max(numbers):g}" if len(numbers) == len(items) else ""
     return f"{len(items)} values{between}"
+
+
+def _single(value: object) -> str:
+    return number_text(value) if isinstance(value, float) else str(value)
 
 
 def _words(key: str) -> str:

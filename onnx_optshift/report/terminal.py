@@ -95,8 +95,8 @@ def _layers(report: Report, console: Console, verbose: bool) -> None:
         cells = [_cells(layer, by_range, reasons) for layer in candidates]
         header = ("layer", "d x m", "rank/d", "range" if by_range else "norm", "residual", "status")
         widths = [max(len(row[k]) for row in [header, *cells]) for k in range(1, len(header))]
-        # Two columns of padding on each cell; what is left over is the name's.
-        room = max(NARROWEST_NAME, console.width - sum(widths) - 2 * len(header) - 1)
+        # Two columns of padding and a divider for each cell; what is left over is the name's.
+        room = max(NARROWEST_NAME, console.width - sum(widths) - 3 * len(header))
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
         for k, title in enumerate(header):
             table.add_column(title, no_wrap=True, justify="left" if k in {0, 5} else "right")
