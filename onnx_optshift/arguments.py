@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Never
 
 from onnx_optshift.errors import InputError, closest
-from onnx_optshift.report import jsonfile
+from onnx_optshift.report import files
 from onnx_optshift.settings import OBJECTIVES, RANGE_SCOPES, Settings
 
 PROGRAM = "onnx-optshift"
@@ -106,7 +106,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})
     args.files = _files(args, parser)
     for path in args.report:
-        jsonfile.check_path(path)
+        files.check_path(path)
     return args
 
 
@@ -274,8 +274,8 @@ def _output_options(add: Add) -> None:
         type=Path,
         action="append",
         default=[],
-        metavar="FILE.json",
-        help="write the whole report to this file; may be given several times",
+        metavar="FILE",
+        help="write the whole report to this file, as .json or as .html for people; may be given several times",
     )
     add("--quiet", action="store_true", default=False, help="print errors only")
     add("--verbose", action="store_true", default=False, help="print more: trials, all skips, tracebacks of errors")

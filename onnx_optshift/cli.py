@@ -111,11 +111,11 @@ def _progress(args: argparse.Namespace) -> Progress:
 
 def _publish(report: Report, args: argparse.Namespace) -> None:
     """Writes the report's files, then prints it: a reader that closes the pipe must not cost the files."""
-    from onnx_optshift.report import jsonfile
+    from onnx_optshift.report import files
 
     path: Path
     for path in args.report:
-        jsonfile.write(report, path)
+        files.write(report, path)
     if args.quiet:
         return
     from rich.console import Console

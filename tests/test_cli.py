@@ -167,7 +167,7 @@ def test_stochastic_batch_is_optional(words, expected):
         ([*FILES, "--device", "gpu"], "device: expected auto, cpu, cuda or cuda:N"),
         ([*FILES, "--objective", "rang"], "Close matches: 'range'"),
         ([*FILES, "--log-level", "loud"], "invalid choice: 'loud'"),
-        ([*FILES, "--report", "r.html"], "ends in .json"),
+        ([*FILES, "--report", "r.txt"], "ends in .json or .html"),
         ([*FILES, "--report", "nowhere/r.json"], "does not exist"),
         (["inspect"], "expected the files IN, found none"),
         (["inspect", "a", "--dry-run"], "unknown option '--dry-run'"),
@@ -249,7 +249,7 @@ def test_a_report_that_fails_late_says_that_the_model_stands(called, tmp_path, c
     def fail(*_):
         raise InputError("--report r.json: cannot be written: full.")
 
-    monkeypatch.setattr("onnx_optshift.report.jsonfile.write", fail)
+    monkeypatch.setattr("onnx_optshift.report.files.write", fail)
     argv = [*FILES, "--report", str(tmp_path / "r.json")]
     assert cli.main(argv) == 2
     assert "out.onnx was written and verified, its report was not: --report" in capsys.readouterr().err

@@ -21,9 +21,9 @@ ROWS = [
     ["layers"],
     ["workbench"],
     ["decide", "proof"],
-    ["diagnose", "publish"],
+    ["publish"],
     ["reporting"],
-    ["optimize", "audit"],
+    ["optimize", "audit", "diagnose"],
     ["cli", "__init__"],
     ["__main__"],
 ]
@@ -32,8 +32,10 @@ BORDERS = {
     "torch": {"capture", "stats", "solve", "quantize", "layers", "workbench", "decide", "diagnose", "audit"},
     "onnxruntime": {"capture.session"},
     "onnx_graphsurgeon": {"graph"},
-    "onnx": {"graph", "calibration", "workbench", "optimize"},
-    "rich": {"report.terminal", "report.progress", "cli"},
+    "onnx": {"graph", "calibration", "workbench", "optimize", "diagnose"},
+    "jinja2": {"report.htmlpage"},
+    "matplotlib": {"report.charts", "report.svg"},
+    "rich": {"report.terminal", "report.terminal_diagnose", "report.progress", "cli"},
 }
 LEVELS = {name: level for level, row in enumerate(ROWS) for name in row}
 

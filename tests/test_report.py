@@ -11,7 +11,7 @@ from reports import FULL_RANK, LONG, layer, output, report, skipped, unchanged
 from rich.console import Console
 
 from onnx_optshift.errors import InputError
-from onnx_optshift.report import jsonfile, terminal
+from onnx_optshift.report import files, jsonfile, terminal
 from onnx_optshift.report.progress import SILENT, Bar, Lines, progress_for
 
 # Version 1. Keys may be added to the report; these may not go.
@@ -86,32 +86,39 @@ def test_json_refuses_what_it_cannot_hold():
 
 def test_json_file_is_whole_or_absent(tmp_path):
     path = tmp_path / "report.json"
-    jsonfile.write(report(), path)
+    files.write(report(), path)
     before = path.read_bytes()
     with pytest.raises(TypeError):
-        jsonfile.write(report(settings={"x": object()}), path)
+        files.write(report(settings={"x": object()}), path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_the_suffix_names_the_form(tmp_path):
+    files.write(report(), tmp_path / "report.html")
+    files.write(report(), tmp_path / "report.json")
+    assert (tmp_path / "report.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["schema"] == 1
 
 
 def test_json_file_that_cannot_be_replaced_leaves_nothing(tmp_path):
     path = tmp_path / "report.json"
     path.mkdir()
     with pytest.raises(InputError, match="cannot be written"):
-        jsonfile.write(report(), path)
+        files.write(report(), path)
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
 
 def test_json_file_holds_names_that_utf8_refuses(tmp_path):
     path = tmp_path / "report.json"
-    jsonfile.write(report(layers=(layer(name="half \ud800"),)), path)
+    files.write(report(layers=(layer(name="half \ud800"),)), path)
     assert json.loads(path.read_text(encoding="utf-8"))["layers"][0]["name"] == "half \ud800"
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("report.html", r"ends in .json, found the suffix '.html'"),
+        ("report.txt", r"ends in .json or .html, found the suffix '.txt'"),
         ("report", "found no suffix"),
         ("nowhere/report.json", "does not exist"),
         ("folder.json", "found a directory"),
@@ -120,8 +127,9 @@ def test_json_file_holds_names_that_utf8_refuses(tmp_path):
 def test_report_path_is_refused_early(tmp_path, name, message):
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(InputError, match=message):
-        jsonfile.check_path(tmp_path / name)
-    jsonfile.check_path(tmp_path / "good.JSON")
+        files.check_path(tmp_path / name)
+    files.check_path(tmp_path / "good.JSON")
+    files.check_path(tmp_path / "good.HTML")
 
 
 @pytest.mark.parametrize("width", [60, 80, 120])
