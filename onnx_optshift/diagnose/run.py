@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,16 +29,13 @@ from onnx_optshift.reporting import Clock, Findings, build_report
 from onnx_optshift.settings import Settings
 from onnx_optshift.workbench import Workbench, open_model, open_workbench
 
-if TYPE_CHECKING:
-    import onnx
-
 DEFAULT_PROBES = 32
 # Curvature is a mean over samples, and the probes' own spread is larger than that of this many samples.
 MOST_FLATNESS_SAMPLES = 512
 
 
 def diagnose(
-    model: str | Path | onnx.ModelProto,
+    model: str | Path,
     calibration: Sequence[object] | None,
     heldout: Sequence[object] | None,
     settings: Settings,
@@ -48,7 +45,7 @@ def diagnose(
     """Measures whether the method's conditions hold, and what a shift at the given tolerance would do to flatness.
 
     Args:
-        model: Path of an ONNX file, or a ModelProto.
+        model: Path of an ONNX file.
         calibration: Sources of calibration data; None looks beside the model.
         heldout: Sources of held-out data, as for the pass.
         settings: `tolerance` (a number) is that of the shift whose flatness stands beside the original's.
