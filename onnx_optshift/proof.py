@@ -2,14 +2,15 @@
 
 Noise floor: the original model against itself with graph optimizations off, and with one thread, at one batch size.
 Rounding floor: the original model with every weight in question moved by one unit in the last place, which no rewriting
-of weights can undercut. An exact shift must stay within `NOISE_FACTOR` times the larger of the two, at every output,
-in the whole (`rel`) and for every sample (`max_rel`). A shift with a tolerance must keep `rel` within the tolerance.
+of weights can undercut. An exact shift must stay within `NOISE_FACTOR` times the first or `ROUNDING_FACTOR` times the
+second, whichever is more, at every output, in the whole (`rel`) and for every sample (`max_rel`). A shift with a
+tolerance must keep `rel` within the tolerance.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +26,8 @@ from onnx_optshift.workbench import Workbench
 
 # A "small multiple" of the noise: different kernels, summation orders and one more rounding each cost a few units.
 NOISE_FACTOR = 10.0
+# One unit in the last place is already twice what rounding a solution once may do.
+ROUNDING_FACTOR = 4.0
 # The floor is a maximum, so more samples can only raise it: a part of the data gives the stricter bound, sooner.
 NOISE_SAMPLES = 256
 # Samples for the figure at another batch size, which is reported beside the floor and is no part of it.
@@ -35,11 +38,11 @@ MOST_NOISE = 0.05
 
 @dataclass(frozen=True)
 class Floor:
-    """Noise of one model on given data, per output.
+    """What an exact shift of one model may do on given data, per output.
 
     Attributes:
-        max_rel: Largest relative difference of a sample, by output.
-        rel: Relative Frobenius difference, by output.
+        max_rel: Bound on the largest relative difference of a sample, by output.
+        rel: Bound on the relative Frobenius difference, by output.
         noise: The figures for the report.
     """
 
@@ -72,17 +75,22 @@ def noise_floor(bench: Workbench, samples: Samples, arrays: Mapping[str, NDArray
         raise InputError("verification: the model has no output, so there is nothing to compare. Give it one.")
     noise = {name: [run[name] for run in runs.values()] for name in names}
     largest = max(_rel(d) for found in noise.values() for d in found)
-    if not largest <= MOST_NOISE:
+    if arrays and not largest <= MOST_NOISE:
         raise ToleranceError(
             f"verification: two runs of the original model on the same data differ by {largest:.2g} (relative), more "
             f"than {MOST_NOISE}: its outputs are random or chaotic, and equality cannot be shown. Remove random "
             "operators (Dropout in training mode, RandomNormal, Multinomial), or give other calibration data."
         )
-    unit = dict.fromkeys(names, ROUNDING_UNIT["float32"])
-    everything = {name: [*noise[name], *([rounding[name]] if rounding else [])] for name in names}
+    # Below this a float32 figure does not resolve anything; a shorter dtype shows in the rounding floor.
+    least = NOISE_FACTOR * ROUNDING_UNIT["float32"]
+
+    def bound(figure: Callable[[Deviation], float], name: str) -> float:
+        rounded = ROUNDING_FACTOR * figure(rounding[name]) if rounding else 0.0
+        return max(least, rounded, *(NOISE_FACTOR * figure(deviation) for deviation in noise[name]))
+
     return Floor(
-        {name: max([d.max_rel for d in everything[name]] + [unit[name]]) for name in names},
-        {name: max([d.rel for d in everything[name]] + [unit[name]]) for name in names},
+        {name: bound(lambda deviation: deviation.max_rel, name) for name in names},
+        {name: bound(_rel, name) for name in names},
         NoiseFloor(
             max_rel=max(d.max_rel for found in noise.values() for d in found),
             rel=largest,
@@ -114,10 +122,10 @@ def verification(
         raise InputError("verification: no output was compared on any sample. Give calibration data.")
     outputs = []
     for name, deviation in results.items():
-        bound = max(tolerance, NOISE_FACTOR * floor.rel.get(name, 0.0))
+        bound = max(tolerance, floor.rel.get(name, 0.0))
         passed = deviation.rel <= bound
         if tolerance == 0:
-            passed = passed and deviation.max_rel <= NOISE_FACTOR * floor.max_rel.get(name, 0.0)
+            passed = passed and deviation.max_rel <= floor.max_rel.get(name, 0.0)
         outputs.append(
             OutputComparison(
                 name=name,

@@ -6,7 +6,7 @@ What comes out still has its temporary name: the caller renames it when everythi
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from onnx_optshift.decide.choose import Decision
@@ -33,7 +33,7 @@ class Proved:
         sha256: Of the model file.
         candidate: The shifts that are in it.
         reverted: Initializers put back because the outputs left the tolerance.
-        verification: The proof; None when there was no data to run and the file is a byte-for-byte copy.
+        verification: The proof; None when there was no data to run and the file's storage changed.
     """
 
     written: Written
@@ -78,8 +78,11 @@ def write_and_prove(
             unchanged_outside(bench.model, written.temp_path, arrays)
             difference = bench.deviation(decision.covered, {}, bench.session(written.temp_path))
             proof = verification(difference.results(), floor, decision.tolerance, attempts=attempt, reverted=reverted)
-            if proof.passed:
-                return Proved(written, _sha256(written.temp_path), candidate, reverted, proof)
+            sha256 = _sha256(written.temp_path)
+            identical = sha256 == bench.model.sha256
+            if proof.passed or identical:  # a copy is proved by its bytes, even where the model's outputs are random
+                proof = replace(proof, passed=True, identical_bytes=identical)
+                return Proved(written, sha256, candidate, reverted, proof)
         except BaseException:
             written.discard()
             raise
@@ -129,7 +132,11 @@ def _missed(proof: Verification) -> str:
 
 def _copy(model: ModelFile, out: Path, *, external: bool) -> Proved:
     written = write_beside(model, {}, out, save_as_external=external)
-    return Proved(written, _sha256(written.temp_path), Candidate({}, 0.0), (), None)
+    sha256 = _sha256(written.temp_path)
+    proof = None
+    if sha256 == model.sha256:  # a copy needs no run to be proved
+        proof = Verification(passed=True, outputs=(), noise_floor=None, attempts=0, identical_bytes=True)
+    return Proved(written, sha256, Candidate({}, 0.0), (), proof)
 
 
 def copy_model(source: Path, out: Path) -> Path:

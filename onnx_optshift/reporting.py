@@ -302,6 +302,6 @@ def _proved(proof: Verification | None) -> str:
     if proof is None or not proof.outputs:
         return "no output was compared"
     worst = max(proof.outputs, key=lambda output: output.rel)
-    floor = proof.noise_floor.rel
+    floor = proof.noise_floor.rel if proof.noise_floor else 0.0
     times = f", {worst.rel / floor:.1f}x the noise floor" if floor else ""
     return f"outputs deviate by {worst.rel:.2g} (relative{times}; allowed {worst.bound:.2g})"

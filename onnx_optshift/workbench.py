@@ -148,7 +148,9 @@ class Workbench:
         sizes, rows = self._measure(samples)
         # Inline weights exist as the parsed file, its serialized probe and in two sessions; external ones only there.
         model = 2 * self.model.size + 2 * self.model.proto.ByteSize()
-        solve = max((8 * w.groups * (3 * w.d * w.d + 4 * w.d * w.m) for w in self.weights), default=0)
+        # Rows that are fewer than d are factored themselves: no d x d matrix then.
+        lengths = {w.name: min(w.d, len(samples) * sum(rows[use.tap] for use in w.uses)) for w in self.weights}
+        solve = max((8 * w.groups * w.d * (3 * lengths[w.name] + 4 * w.m) for w in self.weights), default=0)
 
         def held(taps: Iterable[Tap]) -> int:
             # A factorization is as large as the moments it is made from.

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+
 from onnx_optshift.verify.compare import OutputDifference, OutputsDifference
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from onnx_optshift import optimize
 from onnx_optshift.calibration.load import load
 from onnx_optshift.data import input_specs

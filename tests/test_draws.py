@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from onnx_optshift.decide.draws import balanced_batch, batch_sizes
 from onnx_optshift.errors import InputError
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from onnx_optshift.decide.choose import _groups
 from onnx_optshift.decide.gate import FEW_SAMPLES, UNLABELLED_DISTANCE, Gate, paired
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from onnx_optshift.decide.loss import choose_loss
 from onnx_optshift.errors import InputError
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from onnx_optshift.decide.share import AIM_HIGH, AIM_LOW, PART, share_out
 
 

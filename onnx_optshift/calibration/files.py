@@ -234,6 +234,9 @@ def _read_tensor(path: Path) -> tuple[str, Array]:
         tensor.ParseFromString(path.read_bytes())
         if tensor.data_location == TensorProto.EXTERNAL:
             raise InputError(f"{path}: the tensor's data lies in another file, which is not read. Store it inline.")
+        if not tensor.data_type or tensor.HasField("segment"):
+            # What a sequence or an optional looks like when it is read as a tensor.
+            raise InputError(f"{path}: expected one tensor. Sequence and optional inputs are not supported.")
         return tensor.name, numpy_helper.to_array(tensor)
 
 

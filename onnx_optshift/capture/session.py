@@ -5,6 +5,7 @@ The only module that imports onnxruntime.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -300,11 +301,17 @@ def _register(options: Any, library: str) -> None:
         raise InputError(f"--custom-op-library {library}: ONNX Runtime cannot load it: {_reason(error)}") from error
 
 
+# "/path/in/the/build/file.cc:123 namespace::Function(arguments) " in front of what ONNX Runtime has to say.
+_SOURCE = re.compile(r"\S+\.(?:cc|cpp|h|cu):\d+\s+(?:[\w\s:<>,&*~]*\((?:[^()]|\([^()]*\))*\)(?:\s*const)?\s*)?")
+
+
 def _reason(error: Exception) -> str:
-    """ONNX Runtime's own words, on one line, without its error-code prefix, source paths and stack."""
+    """ONNX Runtime's own words, on one line, without its error-code prefix, source paths and signatures."""
     text = " ".join(str(error).split())
     text = text.split("] : ", 1)[-1].split(" : ", 2)[-1] if text.startswith("[ONNXRuntimeError]") else text
-    return text[:600].rstrip(". ") + "."
+    text = _SOURCE.sub("", text)
+    text = text if len(text) <= 600 else f"{text[:300]} ... {text[-300:]}"
+    return text.strip().rstrip(". ") + "."
 
 
 def _to_numpy(value: Any) -> NDArray[Any]:

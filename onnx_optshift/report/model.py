@@ -210,16 +210,19 @@ class Verification:
     Attributes:
         passed: Whether every output kept its bounds.
         outputs: One comparison for each output.
-        noise_floor: What the bounds are made from.
+        noise_floor: What the bounds are made from; None where nothing was run.
         attempts: Candidates that were written and compared.
         reverted: Initializers that were put back on the way.
+        identical_bytes: Whether the written file is a byte-for-byte copy, which proves the outputs without running
+            them; `outputs` is then empty where there was no data to run.
     """
 
     passed: bool
     outputs: tuple[OutputComparison, ...]
-    noise_floor: NoiseFloor
+    noise_floor: NoiseFloor | None
     attempts: int = 1
     reverted: tuple[str, ...] = ()
+    identical_bytes: bool = False
 
 
 @dataclass(frozen=True)

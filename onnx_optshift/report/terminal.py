@@ -147,7 +147,10 @@ def _verification_rows(report: Report) -> list[tuple[str, str]]:
     if proof is None:
         return []
     rows = [("verified" if proof.passed else "FAILED", _output(output)) for output in proof.outputs]
-    rows.append(("noise floor", _noise(proof.noise_floor)))
+    if proof.noise_floor is not None:
+        rows.append(("noise floor", _noise(proof.noise_floor)))
+    elif proof.identical_bytes:
+        rows.append(("verified", "a byte-for-byte copy: nothing to run"))
     if proof.reverted:
         rows.append(("put back", ", ".join(proof.reverted)))
     return rows
