@@ -14,10 +14,10 @@ from onnx_optshift.report import files
 from onnx_optshift.settings import OBJECTIVES, RANGE_SCOPES, Settings
 
 PROGRAM = "onnx-optshift"
-SHIFT, INSPECT, VERIFY = "shift", "inspect", "verify"
+SHIFT, INSPECT, VERIFY, DIAGNOSE = "shift", "inspect", "verify", "diagnose"
 LOG_LEVELS = ("debug", "info", "warning", "error")
-# Named in the documentation, so that whoever tries it learns that it is not a file name.
-_NOT_YET = "diagnose"
+# Random directions for each layer where flatness is asked for without a number.
+PROBES = 32
 # Powers of 1024, as memory is counted.
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)(?:([KMGT])(?:iB)?)?", re.IGNORECASE)
@@ -44,6 +44,7 @@ COMMANDS = {
         f"""other commands:
   {PROGRAM} {INSPECT} IN   layers, their freedom, skips with reasons
   {PROGRAM} {VERIFY} A B   compares two models on data; drift per layer
+  {PROGRAM} {DIAGNOSE} IN  flatness, neural collapse, and whether a shift is worth trying
 
 exit status:
   0    done; a model with nothing to gain is written unchanged, with the reason
@@ -61,6 +62,12 @@ exit status:
         f"{PROGRAM} {VERIFY} A B [options]",
         "Compares the outputs of two models on data, and the drift of each layer. Exit status 3 when they differ.",
         ("A", "B"),
+    ),
+    DIAGNOSE: Command(
+        f"{PROGRAM} {DIAGNOSE} IN [options]",
+        "Says whether the method's conditions hold for IN and its data: freedom, neural collapse,\nflatness, and a "
+        "checklist that ends in go, try small or no-go. Writes no model.",
+        ("IN",),
     ),
 }
 
@@ -92,12 +99,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         SystemExit: After `-h` or `--version`.
     """
     words = _dashed(argv)
-    command = words[0] if words and words[0] in {INSPECT, VERIFY, _NOT_YET} else SHIFT
-    if command == _NOT_YET:
-        raise InputError(
-            f"{_NOT_YET}: this command is not available in this version; {INSPECT} and {VERIFY} are. "
-            f"A model of that name can be given as ./{_NOT_YET}."
-        )
+    command = words[0] if words and words[0] in COMMANDS and words[0] != SHIFT else SHIFT
     parser = parser_for(command)
     words = words[command != SHIFT :]
     _refuse_unknown(parser, words)
@@ -182,7 +184,7 @@ def _data_options(add: Add, command: str) -> None:
         "script.py[:function]; looked for beside the model when not given",
         **_SEVERAL,
     )
-    if command == SHIFT:
+    if command in {SHIFT, DIAGNOSE}:
         add(
             "--heldout",
             metavar="SRC",
@@ -212,14 +214,22 @@ def _choice_options(add: Add, command: str) -> None:
             metavar="B",
             help="exact only on a class-balanced batch of B samples (without B: held-out data chooses it)",
         )
-    if command == VERIFY:
+    if command in {VERIFY, DIAGNOSE}:
+        about = {
+            VERIFY: "relative deviation that the outputs may show; 0 (default): equality within the noise floor",
+            DIAGNOSE: "of the shift whose flatness stands beside the original's; 0 (default) is the exact one",
+        }
+        add("--tolerance", type=_number, metavar="EPS", help=about[command])
+    if command in {SHIFT, DIAGNOSE}:
         add(
-            "--tolerance",
-            type=_number,
-            metavar="EPS",
-            help="relative deviation that the outputs may show; 0 (default) asks for equality within the noise floor",
+            "--flatness",
+            type=_whole,
+            nargs="?",
+            const=PROBES,
+            metavar="PROBES",
+            help=f"measure the loss's curvature and sharpness along random directions (default {PROBES} per layer)",
         )
-    else:
+    if command in {SHIFT, INSPECT}:
         add(
             "--objective",
             metavar="|".join(OBJECTIVES),

@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
-from onnx_optshift.arguments import INSPECT, SHIFT, VERIFY, parse
+from onnx_optshift.arguments import DIAGNOSE, INSPECT, PROBES, SHIFT, VERIFY, parse
 from onnx_optshift.errors import InputError, OptShiftError, ToleranceError
 
 if TYPE_CHECKING:
@@ -100,7 +100,22 @@ def _verify(args: argparse.Namespace) -> None:
         raise ToleranceError(f"verify: outputs of the two models differ: {names or 'nothing was compared'}.")
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {SHIFT: _shift, INSPECT: _inspect, VERIFY: _verify}
+def _diagnose(args: argparse.Namespace) -> None:
+    from onnx_optshift.diagnose import run
+
+    probes = args.settings.flatness or PROBES
+    report = run.diagnose(
+        args.files[0], args.calibration, args.heldout, args.settings, probes=probes, progress=_progress(args)
+    )
+    _publish(report, args)
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
+    SHIFT: _shift,
+    INSPECT: _inspect,
+    VERIFY: _verify,
+    DIAGNOSE: _diagnose,
+}
 
 
 def _progress(args: argparse.Namespace) -> Progress:
@@ -120,12 +135,15 @@ def _publish(report: Report, args: argparse.Namespace) -> None:
         return
     from rich.console import Console
 
-    from onnx_optshift.report import terminal
+    from onnx_optshift.report import terminal, terminal_diagnose
 
-    show = terminal.render_inspect if args.command == INSPECT else terminal.render
+    renderers = {INSPECT: terminal.render_inspect, DIAGNOSE: terminal_diagnose.render_diagnose}
+    show = renderers.get(args.command, terminal.render)
     console = Console(highlight=False)
     with console.capture() as text:
         show(report, console, verbose=args.verbose)
+        if args.command == SHIFT and report.flatness is not None:
+            terminal_diagnose.render_flatness(report.flatness, console)
     # Tables are padded to the full width, which only shows where the text is kept.
     _write("\n".join(line.rstrip() for line in text.get().strip().splitlines()) + "\n")
 

@@ -7,7 +7,7 @@ import tempfile
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,11 @@ from onnx_optshift.data import Data
 from onnx_optshift.decide import choose
 from onnx_optshift.decide.gate import Gate
 from onnx_optshift.decide.quantized import Quantizer
+from onnx_optshift.diagnose.flatness import MOST_FLATNESS_SAMPLES, flatness, thinned
+from onnx_optshift.diagnose.landscape import loss_of
 from onnx_optshift.errors import InputError
 from onnx_optshift.graph.atomic import check_target
-from onnx_optshift.layers import Layers, merged
+from onnx_optshift.layers import Candidate, Layers, merged
 from onnx_optshift.publish import copy_model, write_and_prove
 from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.report.model import Report
@@ -147,9 +149,10 @@ def run(
             )
         with proved:
             # Whatever may still fail or be interrupted comes before the rename: OUT appears last.
-            report = build_report(
-                findings, Outcome(proved.sha256, proved.candidate, proved.reverted, proved.verification), clock, out
-            )
+            outcome = Outcome(proved.sha256, proved.candidate, proved.reverted, proved.verification)
+            report = build_report(findings, outcome, clock, out)
+            if settings.flatness and prepared is not None and weights:
+                report = replace(report, flatness=_flatness(bench, prepared, proved.candidate, settings))
             proved.written.commit()
         result = Result(report, target)
         weakref.finalize(result, stack.pop_all().close)  # a temporary file lives as long as the result
@@ -268,6 +271,13 @@ def _decide(
         ways = choose.strategies(bench, full, prepared.calibration, fit, trial)
         return choose.within(settings.tolerance, bench, ways, gate, prepared.calibration)
     return choose.exact(full, fit, gate, prepared.calibration)
+
+
+def _flatness(bench: Workbench, prepared: Data, candidate: Candidate, settings: Settings) -> dict[str, Any]:
+    """Flatness before and after, on calibration data, as the report has it."""
+    few = thinned(prepared.calibration, MOST_FLATNESS_SAMPLES, settings.seed)
+    arrays, probes = candidate.arrays or None, settings.flatness or 0
+    return asdict(flatness(bench, few, loss_of(bench, few), {}, arrays, probes=probes, seed=settings.seed))
 
 
 def _classes(bench: Workbench, samples: Samples) -> NDArray[np.int64]:

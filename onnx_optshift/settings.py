@@ -53,6 +53,8 @@ class Settings:
             output channel; `"tensor"` the whole weight.
         range_block: Consecutive inputs of a channel that share a scale, as 4-bit weight-only quantizers have it (32,
             64, 128); None, the default, for `range_scope`.
+        flatness: Random directions for each layer with which the loss's curvature is measured before and after; None,
+            the default, measures none, as it takes three runs of the data for each.
 
     Raises:
         InputError: A value cannot be used.
@@ -78,6 +80,7 @@ class Settings:
     quantization_bits: tuple[int, ...] = ()
     range_scope: str = "channel"
     range_block: int | None = None
+    flatness: int | None = None
 
     def __post_init__(self) -> None:
         tolerance = _tolerance(self.tolerance)
@@ -87,7 +90,13 @@ class Settings:
                 f"objective: {self.objective!r} is not known. Take one of {_listed(OBJECTIVES)}."
                 f"{closest(str(self.objective), list(OBJECTIVES))}"
             )
-        for name, least in (("stochastic", 0), ("batch_size", 1), ("max_samples", 1), ("max_memory", 1)):
+        for name, least in (
+            ("stochastic", 0),
+            ("flatness", 1),
+            ("batch_size", 1),
+            ("max_samples", 1),
+            ("max_memory", 1),
+        ):
             if getattr(self, name) is not None:
                 self._replace(name, _integer(name, getattr(self, name), least))
         self._replace("seed", _integer("seed", self.seed, 0))

@@ -23,7 +23,8 @@ ROWS = [
     ["decide", "proof"],
     ["publish"],
     ["reporting"],
-    ["optimize", "audit", "diagnose"],
+    ["diagnose"],
+    ["optimize", "audit"],
     ["cli", "__init__"],
     ["__main__"],
 ]

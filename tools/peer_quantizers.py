@@ -9,6 +9,7 @@ NAME is a key of `QUANTIZERS`. The calibration file has the model's inputs by na
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -23,6 +24,8 @@ def modelopt(source: Path, target: Path, data: dict[str, np.ndarray], *, mode: s
     """NVIDIA Model Optimizer; calibrates on the CPU and keeps float32 beside the quantized layers."""
     from modelopt.onnx.quantization import quantize
 
+    # It was seen to rewrite the model that it is given: it gets a copy.
+    source = Path(shutil.copy(source, target.with_name(f"{target.stem}-source.onnx")))
     # Its int8 calibration needs a whole number of the model's batches; a dynamic batch axis counts as 1.
     quantize(
         str(source),

@@ -43,6 +43,8 @@ RELATIVE_SHARE, SHARPNESS_SHARE, FEWEST = 4, 4, 4
 # First differences of the outputs are kept up to this size; probes beyond it do not enter the largest eigenvalue.
 KEPT_COLUMN_BYTES = 256 * 2**20
 FEWEST_PROBES_FOR_EIGENVALUE = 8
+# Curvature is a mean over samples, and the probes' own spread is larger than that of this many samples.
+MOST_FLATNESS_SAMPLES = 512
 
 
 @dataclass
@@ -225,3 +227,11 @@ def _estimate(values: NDArray[np.float64]) -> Estimate:
         # A sample whose original output is 0 is infinitely far, relatively, once it moves.
         return Estimate(float(values.sum()) / len(values), None)
     return Estimate(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values)))
+
+
+def thinned(samples: Samples, most: int, seed: int) -> Samples:
+    """At most so many of the samples: a seeded draw, in order."""
+    if len(samples) <= most:
+        return samples
+    chosen = np.random.default_rng(seed).choice(len(samples), most, replace=False)
+    return samples.select(np.sort(chosen))

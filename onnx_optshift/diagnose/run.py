@@ -17,7 +17,7 @@ from onnx_optshift.decide import choose
 from onnx_optshift.decide.loss import Loss
 from onnx_optshift.decide.share import share_out
 from onnx_optshift.diagnose.collapse import collapse, layer_rank
-from onnx_optshift.diagnose.flatness import flatness
+from onnx_optshift.diagnose.flatness import MOST_FLATNESS_SAMPLES, flatness, thinned
 from onnx_optshift.diagnose.landscape import loss_of
 from onnx_optshift.diagnose.verdict import JUDGED_AT, Conditions, verdict
 from onnx_optshift.errors import InputError
@@ -30,8 +30,6 @@ from onnx_optshift.settings import Settings
 from onnx_optshift.workbench import Workbench, open_model, open_workbench
 
 DEFAULT_PROBES = 32
-# Curvature is a mean over samples, and the probes' own spread is larger than that of this many samples.
-MOST_FLATNESS_SAMPLES = 512
 
 
 def diagnose(
@@ -79,7 +77,7 @@ def diagnose(
     report = build_report(replace(findings, layers=layers, decision=decision), None, clock, None)
     found = None
     if probes:
-        few = _thinned(samples, MOST_FLATNESS_SAMPLES, settings.seed)
+        few = thinned(samples, MOST_FLATNESS_SAMPLES, settings.seed)
         arrays = decision.candidate.arrays or None
         found = flatness(bench, few, loss_of(bench, few), {}, arrays, probes=probes, seed=settings.seed)
     return replace(
@@ -168,10 +166,3 @@ def _width(bench: Workbench, samples: Samples, output: str) -> int:
 def _last_layer(weights: Sequence[Weight], width: int) -> Weight:
     """The last weight with one column for each class; the last of all where there is none."""
     return next((weight for weight in reversed(weights) if weight.m == width), weights[-1])
-
-
-def _thinned(samples: Samples, most: int, seed: int) -> Samples:
-    if len(samples) <= most:
-        return samples
-    chosen = np.random.default_rng(seed).choice(len(samples), most, replace=False)
-    return samples.select(np.sort(chosen))

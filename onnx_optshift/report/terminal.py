@@ -36,7 +36,7 @@ def render(report: Report, console: Console, *, verbose: bool = False) -> None:
     rows += _quantization_rows(report)
     rows += [("decided", note) for note in report.decisions] + _frontier_rows(report)
     rows.append(("time", _timing(report)))
-    _facts(console, rows)
+    facts(console, rows)
     _tail(report, console)
 
 
@@ -50,7 +50,7 @@ def render_inspect(report: Report, console: Console, *, verbose: bool = False) -
     """
     _head(report, console)
     _layers(report, console, verbose)
-    _facts(console, _frontier_rows(report))
+    facts(console, _frontier_rows(report))
     _tail(report, console)
 
 
@@ -76,7 +76,7 @@ def _head(report: Report, console: Console) -> None:
     rows.append(("calibration", _data(report.calibration) if report.calibration else "none"))
     if report.heldout:
         rows.append(("held-out", _data(report.heldout)))
-    _facts(console, rows)
+    facts(console, rows)
 
 
 def _data(data: DataInfo) -> str:
@@ -106,7 +106,7 @@ def _layers(report: Report, console: Console, verbose: bool) -> None:
         console.print()
         console.print(table)
     rows = [(f"[{k}]", reason) for k, reason in enumerate(reasons, 1)]
-    _facts(console, rows + _skip_rows(report.layers, None if verbose else NAMES_PER_REASON))
+    facts(console, rows + _skip_rows(report.layers, None if verbose else NAMES_PER_REASON))
 
 
 def _cells(layer: LayerReport, by_range: bool, reasons: list[str]) -> tuple[str, ...]:
@@ -246,7 +246,7 @@ def _tail(report: Report, console: Console) -> None:
     console.print(Text(printable(report.summary), style="bold"))
 
 
-def _facts(console: Console, rows: Sequence[tuple[str, str]]) -> None:
+def facts(console: Console, rows: Sequence[tuple[str, str]]) -> None:
     """A blank line and labelled lines; long ones wrap beside their label, and inside a word if it must be."""
     if not rows:
         return

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from onnx_optshift.report.diagnosis import FAIL, GO, NO_GO, PASS, TRY_SMALL, WARN
 from onnx_optshift.report.model import Report
-from onnx_optshift.report.terminal import middle_elided, printable
+from onnx_optshift.report.terminal import facts, middle_elided, printable
 
 STYLES = {PASS: "green", WARN: "yellow", FAIL: "red", GO: "bold green", TRY_SMALL: "bold yellow", NO_GO: "bold red"}
 NAME_WIDTH = 40
@@ -36,12 +36,12 @@ def render_diagnose(report: Report, console: Console, *, verbose: bool = False) 
         if data is not None:
             classes = f", {data.classes} classes" if data.classes else ""
             rows.append((label, f"{data.samples} samples{classes}, {data.source}"))
-    _facts(console, rows)
+    facts(console, rows)
     conditions = report.collapse or {}
     _ranks(conditions.get("layers") or (), console)
     _collapse(conditions.get("features"), console, verbose)
     if report.flatness is not None:
-        _flatness(report.flatness, console)
+        render_flatness(report.flatness, console)
     console.print()
     for warning in report.warnings:
         console.print(Text(printable(f"warning: {warning}"), style="yellow"))
@@ -87,10 +87,11 @@ def _collapse(features: Mapping[str, Any] | None, console: Console, verbose: boo
     rows = [("collapse", f"input of {features['layer']}, 0 is full collapse: {'; '.join(parts)}")]
     if verbose:
         rows.append(("per class", ", ".join(f"{label}: {count}" for label, count in features["counts"].items())))
-    _facts(console, rows)
+    facts(console, rows)
 
 
-def _flatness(flatness: Mapping[str, Any], console: Console) -> None:
+def render_flatness(flatness: Mapping[str, Any], console: Console) -> None:
+    """Prints the report's `flatness`: a table of traces, and sharpness and eigenvalue below it."""
     compared = flatness["loss_after"] is not None
     titles = ("layer", "trace", "after", "change", "relative", "after") if compared else ("layer", "trace", "relative")
     table = _table(titles, right=range(1, len(titles)))
@@ -118,7 +119,7 @@ def _flatness(flatness: Mapping[str, Any], console: Console) -> None:
     if tops:
         text = " -> ".join(f"{_figure(top['lower'])} to {_figure(top['upper'])}" for top in tops)
         rows.append(("eigenvalue", f"largest of the Gauss-Newton matrix, bracketed: {text}"))
-    _facts(console, rows)
+    facts(console, rows)
 
 
 def _sides(figure: Mapping[str, Any], compared: bool, *, change: bool) -> list[str]:
@@ -149,13 +150,3 @@ def _table(titles: Sequence[str], *, right: Iterable[int]) -> Table:
     for k, title in enumerate(titles):
         table.add_column(title, justify="right" if k in justified else "left")
     return table
-
-
-def _facts(console: Console, rows: Sequence[tuple[str, str]]) -> None:
-    console.print()
-    grid = Table.grid(padding=(0, 2, 0, 0))
-    grid.add_column(no_wrap=True, min_width=11)
-    grid.add_column(overflow="fold")
-    for label, text in rows:
-        grid.add_row(Text(label, style="dim"), Text(printable(text)))
-    console.print(grid)
