@@ -192,6 +192,15 @@ def _data_options(add: Add, command: str) -> None:
             help="data that only judges; a seeded fifth of the calibration data when not given; 'none' for no judging",
             **_SEVERAL,
         )
+    if command == VERIFY:
+        add(
+            "--baseline",
+            metavar="SRC",
+            default=None,
+            help="the calibration data, whose drift is reported beside that of the data",
+            **_SEVERAL,
+        )
+    if command in {SHIFT, DIAGNOSE}:
         add("--heldout-fraction", type=_number, metavar="F", help="how much to split off to judge (default 0.2)")
     add("--labels", metavar="NAME", help="name of the labels' array in the data (default labels)")
     add("--max-samples", type=_whole, metavar="N", help="calibration samples to use at most (default: all)")
@@ -220,6 +229,14 @@ def _choice_options(add: Add, command: str) -> None:
             DIAGNOSE: "of the shift whose flatness stands beside the original's; 0 (default) is the exact one",
         }
         add("--tolerance", type=_number, metavar="EPS", help=about[command])
+    if command == VERIFY:
+        add(
+            "--max-drift",
+            type=_number,
+            metavar="SHARE",
+            help="fail when, for more than one sample in ten, the shift changes more than this share of a layer's "
+            "output; the outputs' deviation is then reported only",
+        )
     if command in {SHIFT, DIAGNOSE}:
         add(
             "--flatness",

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import torch
 
 from onnx_optshift import data as arrangement
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.data import Data
 from onnx_optshift.decide.choose import Decision
+from onnx_optshift.drift import as_report, layer_drifts
 from onnx_optshift.errors import InputError
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.weights import Weight
@@ -34,6 +35,8 @@ def compare(
     calibration: Sequence[object] | None,
     settings: Settings,
     progress: Progress = SILENT,
+    *,
+    baseline: Sequence[object] | None = None,
 ) -> Report:
     """Compares the outputs of two models, and the outputs of each layer whose weight differs.
 
@@ -43,9 +46,10 @@ def compare(
         calibration: The data; none looks beside the original.
         settings: `tolerance` is what the outputs may deviate by; 0 asks for equality within the noise floor.
         progress: Where long passes report to.
+        baseline: Sources of the calibration data, whose drift is to stand beside that of the data.
 
     Returns:
-        A report whose verification says whether the outputs agree.
+        A report whose verification says whether the outputs agree, and whose drift what the changes mean for the data.
 
     Raises:
         InputError: A model or the data cannot be used.
@@ -62,15 +66,39 @@ def compare(
     findings = Findings(a, settings, bench.device, tuple(weights), tuple(skips), Data(samples, samples, None, False))
     differing = [weight for weight in weights if _differs(a, b, weight)]
     candidate = Candidate({}, 0.0)
+    found: dict[str, Any] | None = None
     if weights:
         with clock("capture"):
             bench.plan(samples)
             layers = Layers(weights, bench.collect(samples), a.initializer, device=bench.device.solve)
             candidate = Candidate({w.name: _drift(layers, w, b) for w in differing}, 0.0)
         findings = replace(findings, layers=layers, decision=Decision(candidate, 0.0, samples))
+        found = _drifts(bench, layers, candidate, samples, baseline, settings)
     with clock("verify"):
         proof = _proof(bench, b.path, samples, candidate, settings)
-    return build_report(findings, FileOutcome(b.sha256, candidate, (), proof), clock, b.path)
+    report = build_report(findings, FileOutcome(b.sha256, candidate, (), proof), clock, b.path)
+    return replace(report, drift=found)
+
+
+def _drifts(
+    bench: Workbench,
+    layers: Layers,
+    candidate: Candidate,
+    samples: Samples,
+    baseline: Sequence[object] | None,
+    settings: Settings,
+) -> dict[str, Any]:
+    """The report's `drift`, of the data and of the baseline."""
+    changes = {
+        name: (layers.matrix(layers.weights[name]), layers.as_matrix(layers.weights[name], array))
+        for name, array in candidate.arrays.items()
+    }
+    other = arrangement.find_calibration(bench.model, baseline, settings) if baseline else None
+    return as_report(
+        layer_drifts(bench, changes, samples),
+        None if other is None else layer_drifts(bench, changes, other),
+        settings.max_drift,
+    )
 
 
 def _differs(a: ModelFile, b: ModelFile, weight: Weight) -> bool:
@@ -99,7 +127,7 @@ def _drift(layers: Layers, weight: Weight, changed: ModelFile) -> Solved:
     """How far one layer's outputs move on the data, by its new weight alone."""
     new = changed.initializer(weight.name)
     before = layers.matrix(weight)
-    after = torch.from_numpy(np.ascontiguousarray(weight.form.to_matrix(new).astype(np.float64))).to(before.device)
+    after = layers.as_matrix(weight, new)
     shift = Shift.unchanged(before, Outcome.SHIFTED, rank=layers.solve(weight, 0.0).shift.rank)
     residual = relative_residual(layers.spectrum(weight), before, after)
     moved = Shift.unchanged(after, Outcome.SHIFTED)

@@ -91,8 +91,16 @@ def _verify(args: argparse.Namespace) -> None:
     from onnx_optshift import audit
 
     original, changed = args.files
-    report = audit.compare(original, changed, args.calibration, args.settings, _progress(args))
+    report = audit.compare(original, changed, args.calibration, args.settings, _progress(args), baseline=args.baseline)
     _publish(report, args)
+    if report.drift is not None and report.drift["limit"] is not None:
+        if not report.drift["passed"]:
+            raise ToleranceError(
+                f"verify: the drift is {report.drift['figure']:.3g}, allowed is {report.drift['limit']:.3g}: the model "
+                "meets data unlike its calibration data. Look at the worst samples in the report; if they are genuine, "
+                "shift the original again with data like them."
+            )
+        return
     proof = report.verification
     if proof is None or not proof.passed:
         failed = [output for output in proof.outputs if not output.passed] if proof else []

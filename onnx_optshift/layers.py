@@ -145,9 +145,10 @@ class Layers:
 
     def matrix(self, weight: Weight) -> torch.Tensor:
         """V `[g, d, m]` of a weight, float64 on the solvers' device."""
-        return self._as_matrix(weight, self._content(weight.name))
+        return self.as_matrix(weight, self._content(weight.name))
 
-    def _as_matrix(self, weight: Weight, array: NDArray[np.generic]) -> torch.Tensor:
+    def as_matrix(self, weight: Weight, array: NDArray[np.generic]) -> torch.Tensor:
+        """Other content of a weight's initializer as a matrix `[g, d, m]`, float64 on the solvers' device."""
         matrix = np.ascontiguousarray(weight.form.to_matrix(array).astype(np.float64))
         return torch.from_numpy(matrix).to(self._device)
 
@@ -191,7 +192,7 @@ class Layers:
     def written(self, weight: Weight, shift: Shift) -> Solved:
         """A solution as it would stand in the file: rounded once, its residual measured on what rounding left."""
         array = self.rounded(weight, shift.matrix)
-        rounded = self._as_matrix(weight, array)
+        rounded = self.as_matrix(weight, array)
         written = Shift.unchanged(rounded, shift.outcome)
         # The solution in float64 has done its work; a model's worth of them would be twice its size.
         shift = replace(
@@ -218,7 +219,7 @@ class Layers:
         """(grid, error before, error after) of a weight under round-to-nearest, relative to the original's outputs."""
         if self.moments(weight).nonfinite or self.moments(weight).rows == 0:
             return []
-        spectrum, matrix, shifted = self.spectrum(weight), self.matrix(weight), self._as_matrix(weight, array)
+        spectrum, matrix, shifted = self.spectrum(weight), self.matrix(weight), self.as_matrix(weight, array)
         return [
             (grid, output_error(spectrum, matrix, matrix, grid), output_error(spectrum, matrix, shifted, grid))
             for grid in grids

@@ -55,6 +55,8 @@ class Settings:
             64, 128); None, the default, for `range_scope`.
         flatness: Random directions for each layer with which the loss's curvature is measured before and after; None,
             the default, measures none, as it takes three runs of the data for each.
+        max_drift: For a comparison of two models: the largest share of a layer's output that the shift may change for
+            nine in ten samples; None, the default, reports it only.
 
     Raises:
         InputError: A value cannot be used.
@@ -81,6 +83,7 @@ class Settings:
     range_scope: str = "channel"
     range_block: int | None = None
     flatness: int | None = None
+    max_drift: float | None = None
 
     def __post_init__(self) -> None:
         tolerance = _tolerance(self.tolerance)
@@ -125,6 +128,8 @@ class Settings:
             )
         if self.range_block is not None:
             self._replace("range_block", _integer("range_block", self.range_block, 1))
+        if self.max_drift is not None and (not _is_number(self.max_drift) or not self.max_drift >= 0):
+            raise InputError(f"max_drift: expected a number of at least 0, found {self.max_drift!r}. Try 0.3.")
         for name in ("save_as_external_data", "dry_run"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: expected True or False, found {getattr(self, name)!r}.")

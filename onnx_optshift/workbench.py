@@ -197,7 +197,7 @@ class Workbench:
             rows[tap] = max(1, moments.rows // samples_run)
 
         first = samples.select(np.arange(1))
-        stream(self._capture_session(self.taps), self.taps, first.batches(1), measure)
+        stream(self.capture_session(self.taps), self.taps, first.batches(1), measure)
         return sizes, rows
 
     def collect(self, samples: Samples, stage: str = "capture") -> Statistics:
@@ -212,7 +212,7 @@ class Workbench:
         def sink(tap: Tap, batch: Batch, activation: torch.Tensor) -> None:
             observe(statistics[tap], tap, activation)
 
-        session = self._capture_session(taps)
+        session = self.capture_session(taps)
         with self.progress.stage(stage, len(samples)) as advance:
             stream(session, taps, samples.batches(self.batch_size), sink, done=advance)
         return statistics
@@ -299,7 +299,8 @@ class Workbench:
         for batch, reference in self.reference(samples):
             yield batch, (self.trial.run({**batch.feeds, **arrays}) if arrays else reference), reference
 
-    def _capture_session(self, taps: Sequence[Tap]) -> Session:
+    def capture_session(self, taps: Sequence[Tap]) -> Session:
+        """The original model with these taps' values as outputs."""
         return self.session(probe_model(self.model, list(dict.fromkeys(tap.value for tap in taps))))
 
 

@@ -20,7 +20,7 @@ ROWS = [
     ["verify", "quantize", "data"],
     ["layers"],
     ["workbench"],
-    ["decide", "proof"],
+    ["decide", "proof", "drift"],
     ["publish"],
     ["reporting"],
     ["diagnose"],
@@ -30,7 +30,7 @@ ROWS = [
 ]
 # Who may import which library, anywhere in the module.
 BORDERS = {
-    "torch": {"capture", "stats", "solve", "quantize", "layers", "workbench", "decide", "diagnose", "audit"},
+    "torch": {"capture", "stats", "solve", "quantize", "layers", "workbench", "decide", "diagnose", "audit", "drift"},
     "onnxruntime": {"capture.session"},
     "onnx_graphsurgeon": {"graph"},
     "onnx": {"graph", "calibration", "workbench", "optimize", "diagnose"},

@@ -35,7 +35,7 @@ def by_rows(a, original, weight):
 
 @pytest.mark.parametrize("rows", [7, 200])
 @pytest.mark.parametrize("groups", [1, 3])
-@pytest.mark.parametrize("grid", [Grid(4), Grid(2, "tensor"), Grid(3, "block", 5, asymmetric=True)], ids=str)
+@pytest.mark.parametrize("grid", [Grid(4), Grid(2, "tensor"), Grid(3, "block", 5, "unsigned")], ids=str)
 def test_is_the_error_of_the_outputs(grid, groups, rows):
     a, v, spectrum = case(groups, rows)
     w = v + 0.1 * torch.randn(v.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)

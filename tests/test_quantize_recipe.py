@@ -92,6 +92,18 @@ def test_a_quantizer_that_leaves_the_model_float_is_not_counted(tools, tmp_path)
         quantizers._check_quantized(MLP / "model.onnx", "nothing")
 
 
+def test_the_float_model_is_not_written_to(tools, tmp_path):
+    model = Path(shutil.copy(MLP / "model.onnx", tmp_path))
+
+    def spoil(source, target, _):
+        source.write_bytes(b"")
+        target.write_bytes(b"quantized")
+
+    tools[0].Quantizer("rtn", "spoils its input", 8, spoil).run(model, tmp_path / "out.onnx", {})
+    assert model.read_bytes() == (MLP / "model.onnx").read_bytes()
+    assert (tmp_path / "out.onnx").read_bytes() == b"quantized"
+
+
 def test_readers_give_equal_batches_and_can_be_read_again(tools):
     reader = tools[0].Reader({"x": np.arange(60)})
     assert [len(batch["x"]) for batch in reader] == [25, 25]

@@ -8,12 +8,14 @@ from hypothesis import strategies as st
 
 from onnx_optshift.errors import InputError
 from onnx_optshift.geometry import Reshape, Transpose, WeightForm
-from onnx_optshift.quantize.rtn import Grid, round_initializer, round_to_nearest
+from onnx_optshift.quantize.rtn import LEVELS, Grid, round_initializer, round_to_nearest
 
 
-def grid_points(values, bits, asymmetric):
+def grid_points(values, bits, levels):
     """All levels of one scale, from the definition."""
-    if asymmetric:
+    if levels == "full":
+        return values[np.abs(values).argmax()] / -(2 ** (bits - 1)) * np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1))
+    if levels == "unsigned":
         low, high = min(0.0, values.min()), max(0.0, values.max())
         scale = (high - low) / (2**bits - 1)
         zero = round(-low / scale) if scale else 0
@@ -22,24 +24,24 @@ def grid_points(values, bits, asymmetric):
     return scale * np.arange(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1))
 
 
-def nearest(values, bits, asymmetric):
+def nearest(values, bits, levels="symmetric"):
     """Each value at the closest of its levels, one by one."""
-    levels = grid_points(values, bits, asymmetric)
-    return np.array([levels[np.abs(levels - value).argmin()] for value in values])
+    points = grid_points(values, bits, levels)
+    return np.array([points[np.abs(points - value).argmin()] for value in values])
 
 
 def reference(matrix, grid):
     """Loops over everything that has a scale of its own."""
     result = np.empty_like(matrix)
     if grid.scope == "tensor":
-        return nearest(matrix.ravel(), grid.bits, grid.asymmetric).reshape(matrix.shape)
+        return nearest(matrix.ravel(), grid.bits, grid.levels).reshape(matrix.shape)
     groups, width, outputs = matrix.shape
     size = grid.block or width
     for g in range(groups):
         for j in range(outputs):
             for start in range(0, width, size):
                 part = (g, slice(start, start + size), j)
-                result[part] = nearest(matrix[part], grid.bits, grid.asymmetric)
+                result[part] = nearest(matrix[part], grid.bits, grid.levels)
     return result
 
 
@@ -50,18 +52,20 @@ def normal(*shape, seed=0):
 SCOPES = [{"scope": "channel"}, {"scope": "tensor"}, {"scope": "block", "block": 4}, {"scope": "block", "block": 7}]
 
 
-@pytest.mark.parametrize("asymmetric", [False, True], ids=["int", "uint"])
+@pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("scope", SCOPES, ids=lambda s: f"{s['scope']}{s.get('block', '')}")
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_equals_the_nearest_level_found_by_search(bits, scope, asymmetric):
-    grid = Grid(bits, **scope, asymmetric=asymmetric)
+def test_equals_the_nearest_level_found_by_search(bits, scope, levels):
+    grid = Grid(bits, **scope, levels=levels)
     matrix = normal(2, 10, 5)
     found = round_to_nearest(torch.from_numpy(matrix), grid).numpy()
     # Only a value exactly between two levels may go either way; none of these is.
     np.testing.assert_allclose(found, reference(matrix, grid), atol=1e-13)
 
 
-@pytest.mark.parametrize("wrong", [{"scope": "tensor"}, {"scope": "block", "block": 5}, {"asymmetric": True}])
+@pytest.mark.parametrize(
+    "wrong", [{"scope": "tensor"}, {"scope": "block", "block": 5}, {"levels": "unsigned"}, {"levels": "full"}]
+)
 def test_the_comparison_tells_grids_apart(wrong):
     matrix = normal(2, 10, 5)
     found = round_to_nearest(torch.from_numpy(matrix), Grid(4, **wrong)).numpy()
@@ -78,16 +82,22 @@ def test_two_bits_are_three_levels():
     assert round_to_nearest(column, Grid(2)).flatten().tolist() == [3, -3, 0, 0]
 
 
+def test_full_by_hand():
+    column = torch.tensor([8.0, -8.0, 3.4, -6.6]).reshape(1, 4, 1)  # of two extremes the negative one counts
+    assert round_to_nearest(column, Grid(4, levels="full")).flatten().tolist() == [7, -8, 3, -7]
+    assert round_to_nearest(-column[:, 1:], Grid(4, levels="full")).flatten().tolist() == [8, -3, 7]
+
+
 def test_unsigned_by_hand():
     column = torch.tensor([12.0, -3.0, 0.0, 5.4]).reshape(1, 4, 1)  # scale 1, zero point 3
-    assert round_to_nearest(column, Grid(4, asymmetric=True)).flatten().tolist() == [12, -3, 0, 5]
+    assert round_to_nearest(column, Grid(4, levels="unsigned")).flatten().tolist() == [12, -3, 0, 5]
 
 
 @pytest.mark.parametrize("offset", [5.0, -5.0])
 def test_unsigned_range_holds_zero(offset):
     matrix = torch.from_numpy(normal(1, 20, 3)) * 0.1 + offset
     matrix[0, 3] = 0.0
-    rounded = round_to_nearest(matrix, Grid(4, asymmetric=True))
+    rounded = round_to_nearest(matrix, Grid(4, levels="unsigned"))
     assert bool((rounded[0, 3] == 0).all())
 
 
@@ -99,31 +109,48 @@ def test_integer_weights_on_the_grid_stay():
     assert not torch.equal(round_to_nearest(matrix, Grid(3)), matrix)
 
 
-@pytest.mark.parametrize("asymmetric", [False, True])
+@pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize("scope", SCOPES, ids=lambda s: f"{s['scope']}{s.get('block', '')}")
-def test_a_zero_channel_stays_zero(scope, asymmetric):
+def test_a_zero_channel_stays_zero(scope, levels):
     matrix = torch.from_numpy(normal(1, 9, 3))
     matrix[:, :, 1] = 0
-    rounded = round_to_nearest(matrix, Grid(3, **scope, asymmetric=asymmetric))
+    rounded = round_to_nearest(matrix, Grid(3, **scope, levels=levels))
     assert bool((rounded[:, :, 1] == 0).all())
     assert bool(torch.isfinite(rounded).all())
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(2, 8), st.sampled_from(SCOPES), st.booleans(), st.integers(0, 10**6), st.floats(-30, 30))
-def test_within_half_a_step_idempotent_and_scale_free(bits, scope, asymmetric, seed, exponent):
-    grid = Grid(bits, **scope, asymmetric=asymmetric)
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 8), st.sampled_from(SCOPES), st.sampled_from(LEVELS), st.integers(0, 10**6), st.integers(-30, 30))
+def test_close_free_of_scale_and_idempotent(bits, scope, levels, seed, exponent):
+    grid = Grid(bits, **scope, levels=levels)
     matrix = torch.from_numpy(normal(2, 11, 3, seed=seed))
     rounded = round_to_nearest(matrix, grid)
-    steps = 2**bits - 1 if asymmetric else 2 ** (bits - 1) - 1
-    widest = matrix.max().clamp(min=0) - matrix.min().clamp(max=0) if asymmetric else matrix.abs().max()
-    # The zero point is rounded too, so that an unsigned end may be cut by another half step.
-    reach = 1.0 if asymmetric else 0.5
-    assert float((rounded - matrix).abs().max()) <= reach * float(widest) / steps * (1 + 1e-12)
-    factor = 2.0 ** round(exponent)
-    assert torch.equal(round_to_nearest(matrix * factor, grid), rounded * factor)
-    if not asymmetric:
+    if levels == "unsigned":
+        step = (matrix.max().clamp(min=0) - matrix.min().clamp(max=0)) / (2**bits - 1)
+    else:
+        step = matrix.abs().max() / (2 ** (bits - 1) - (levels == "symmetric"))
+    # An end of the range may fall beyond the last level: by half a step where the zero point is rounded, by a whole one
+    # where a side lacks the last level.
+    reach = 0.5 if levels == "symmetric" else 1.0
+    assert float((rounded - matrix).abs().max()) <= reach * float(step) * (1 + 1e-12)
+    assert torch.equal(round_to_nearest(matrix * 2.0**exponent, grid), rounded * 2.0**exponent)
+    if levels != "unsigned":  # its zero point rounds halves to even, which is not the same on both sides
+        torch.testing.assert_close(round_to_nearest(-matrix, grid), -rounded, rtol=0, atol=0)
         torch.testing.assert_close(round_to_nearest(rounded, grid), rounded, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_weights_at_the_ends_of_the_reach_are_on_levels(bits, levels):
+    grid = Grid(bits, levels=levels)
+    ends = torch.tensor([-grid.reach, 1.0, 0.0, -grid.reach, 1.0], dtype=torch.float64).reshape(1, 5, 1)
+    for matrix in (ends, -ends):
+        torch.testing.assert_close(round_to_nearest(matrix, grid), matrix)
+    if levels != "symmetric":  # equal ends are half a step or a whole one off
+        equal = torch.tensor([-1.0, 1.0, 0.0], dtype=torch.float64).reshape(1, 3, 1)
+        step = (2 / (2**bits - 1)) if levels == "unsigned" else 2.0 ** (1 - bits)
+        off = (round_to_nearest(equal, grid) - equal).abs().max()
+        assert float(off) == pytest.approx(step * (0.5 if levels == "unsigned" else 1))
 
 
 def test_more_bits_are_closer():
@@ -178,7 +205,7 @@ def test_initializer_goes_through_its_form(dtype):
     assert rounded.dtype == dtype
     assert rounded.shape == kernel.shape
     for before, after in zip(kernel, rounded, strict=True):
-        expected = nearest(before.ravel().astype(np.float64), 4, asymmetric=False)
+        expected = nearest(before.ravel().astype(np.float64), 4)
         np.testing.assert_array_equal(after.ravel(), expected.astype(dtype))
     assert not np.array_equal(
         rounded, round_initializer(kernel, WeightForm(kernel.shape, (Reshape((1, 6, 36)),)), Grid(4))
@@ -193,6 +220,7 @@ def test_initializer_goes_through_its_form(dtype):
         ({"bits": 4.5}, "from 2 to 8, found 4.5"),
         ({"bits": True}, "found True"),
         ({"bits": 4, "scope": "chanel"}, "Close matches: 'channel'"),
+        ({"bits": 4, "levels": "asymmetric"}, "levels: 'asymmetric' are not known"),
         ({"bits": 4, "scope": "block"}, "Give a block size"),
         ({"bits": 4, "block": 32}, "with scope 'channel'"),
         ({"bits": 4, "scope": "block", "block": 0}, "at least 1, found 0"),

@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--nodes-to-include", nargs="*", default=[], help="shift and round to nearest these alone")
     parser.add_argument("--quantizers", nargs="*", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--bits", type=int, nargs="*", default=[8, 4, 3, 2], help="of round-to-nearest")
-    parser.add_argument("--asymmetric", action="store_true", help="round to nearest on unsigned levels")
+    parser.add_argument("--levels", default="symmetric", help="of round-to-nearest: symmetric, full or unsigned")
     parser.add_argument(
         "--range-scope", default="channel", help="of the shift and of round-to-nearest: channel, tensor"
     )
@@ -298,7 +298,7 @@ def main() -> None:
             arguments.quantizers,
             arguments.bits,
             selection=Selection(tuple(arguments.nodes_to_include)),
-            grid=Grid(8, scope, arguments.range_block, asymmetric=arguments.asymmetric),
+            grid=Grid(8, scope, arguments.range_block, arguments.levels),
             block=arguments.block_size,
             samples=arguments.samples,
             peer_python=arguments.peer_python,

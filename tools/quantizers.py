@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,13 +60,23 @@ class Quantizer:
         family: What `--quantizers` selects it by.
         name: With its settings, as printed.
         bits: Of the weights.
-        run: `(float model, quantized model, calibration data)`; writes the second file.
+        quantize: `(float model, quantized model, calibration data)`; writes the second file.
     """
 
     family: str
     name: str
     bits: int
-    run: Callable[[Path, Path, Arrays], None]
+    quantize: Callable[[Path, Path, Arrays], None]
+
+    def run(self, source: Path, target: Path, calibration: Arrays) -> None:
+        """Quantizes a copy of the float model: some quantizers write inferred shapes back into their input file.
+
+        Raises:
+            NotApplicable: There is nothing to quantize, or the quantizer cannot be had.
+        """
+        with tempfile.TemporaryDirectory(prefix="quantizers-") as folder:
+            copy = Path(shutil.copy(source, folder))
+            self.quantize(copy, target, calibration)
 
 
 def rtn(grid: Grid, selection: Selection) -> Quantizer:
@@ -76,7 +88,7 @@ def rtn(grid: Grid, selection: Selection) -> Quantizer:
         arrays = {w.name: round_initializer(model.initializer(w.name), w.form, grid) for w in weights}
         write_beside(model, arrays, target).commit()
 
-    kind = "uint" if grid.asymmetric else "int"
+    kind = {"symmetric": "int", "full": "full int", "unsigned": "uint"}[grid.levels]
     where = f"block {grid.block}" if grid.scope == "block" else f"per {grid.scope}"
     return Quantizer("rtn", f"RTN {kind}{grid.bits} {where}", grid.bits, run)
 
@@ -182,15 +194,14 @@ def run_peer(name: str, python: Path, source: Path, target: Path, calibration: A
     Raises:
         NotApplicable: It failed; the message is its last line.
     """
-    data = target.with_suffix(".npz")
-    np.savez(data, **calibration)
-    command = [str(python), str(PEER_SCRIPT), name, str(source), str(target), str(data)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PEER_TIMEOUT, check=False)
-    except subprocess.TimeoutExpired as error:
-        raise NotApplicable(f"not done after {PEER_TIMEOUT:.0f} s") from error
-    finally:
-        data.unlink()
+    with tempfile.TemporaryDirectory(prefix="peer-") as folder:
+        copy, data = Path(shutil.copy(source, folder)), Path(folder) / "calibration.npz"
+        np.savez(data, **calibration)
+        command = [str(python), str(PEER_SCRIPT), name, str(copy), str(target), str(data)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=PEER_TIMEOUT, check=False)
+        except subprocess.TimeoutExpired as error:
+            raise NotApplicable(f"not done after {PEER_TIMEOUT:.0f} s") from error
     if done.returncode or not target.exists():
         lines = (done.stderr or done.stdout).strip().splitlines() or [f"exit status {done.returncode}"]
         raise NotApplicable(lines[-1][:160])

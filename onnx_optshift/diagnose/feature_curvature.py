@@ -26,8 +26,8 @@ from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.rows import to_rows
 from onnx_optshift.workbench import Workbench
 
-# Measured: 3 probes over 200 samples of a 512-wide layer order the objectives as 48 over 1,000 do.
-PROBES = 8
+# Measured on a 256-wide layer: with 8 the held-out loss is 1 per cent higher than with 48, and with 96 the same.
+PROBES = 48
 
 
 def feature_curvature(
@@ -60,7 +60,7 @@ def feature_curvature(
     with bench.progress.stage("curvature", probes * len(samples)) as advance:
         for probe in range(probes):
             generator = np.random.default_rng([seed, probe])
-            signs = {name: 2.0 * generator.integers(0, 2, array.shape) - 1.0 for name, array in centers.items()}
+            signs = {name: generator.choice(np.array([-1.0, 1.0]), array.shape) for name, array in centers.items()}
             up, down = (_moved(centers, signs, sign * step) for sign in (1, -1))
             for batch in samples.batches(bench.batch_size):
                 stream(session, taps, [batch], keep, overrides=up)

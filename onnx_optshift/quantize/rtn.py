@@ -4,7 +4,11 @@ Symmetric (int): `q = clip(round(w/s), -L, L)` with `L = 2^(b-1) - 1` and `s = m
 used, as in TensorRT and the ONNX Runtime QDQ format for weights: the grid is the same on both sides, and 2 bits are
 the three levels -s, 0, s.
 
-Asymmetric (uint): `q = clip(round(w/s) + z, 0, 2^b - 1)` with `s = (hi - lo) / (2^b - 1)` and `z = round(-lo/s)`, where
+Full: `q = clip(round(w/s), -2^(b-1), 2^(b-1) - 1)` with `s = -w_x / 2^(b-1)`, where w_x is the weight largest in
+magnitude, with its sign: it takes the level that only one side has. Symmetric 4-bit weights of ONNX Runtime's
+MatMulNBits (its own quantizer) and GGML's Q4_0 are made like this.
+
+Unsigned: `q = clip(round(w/s) + z, 0, 2^b - 1)` with `s = (hi - lo) / (2^b - 1)` and `z = round(-lo/s)`, where
 `lo = min(w, 0)` and `hi = max(w, 0)` per scale. The range is widened to hold 0, so that 0 (padding, a pruned
 weight) stays exactly 0.
 
@@ -29,6 +33,7 @@ from onnx_optshift.geometry import WeightForm
 
 FEWEST_BITS, MOST_BITS = 2, 8
 SCOPES = ("channel", "tensor", "block")
+LEVELS = ("symmetric", "full", "unsigned")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,8 @@ class Grid:
         bits: b, from 2 to 8.
         scope: What shares a scale: `"channel"` (one output), `"tensor"`, or `"block"`.
         block: Consecutive inputs that share a scale; given exactly when the scope is `"block"`.
-        asymmetric: Unsigned levels with a zero point, scaled by max - min, instead of signed ones scaled by max|w|.
+        levels: `"symmetric"`, the same on both sides of 0; `"full"`, one more on the side of the largest weight; or
+            `"unsigned"` with a zero point.
 
     Raises:
         InputError: A value cannot be used.
@@ -48,7 +54,7 @@ class Grid:
     bits: int
     scope: str = "channel"
     block: int | None = None
-    asymmetric: bool = False
+    levels: str = "symmetric"
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or self.bits not in range(FEWEST_BITS, MOST_BITS + 1):
@@ -61,6 +67,11 @@ class Grid:
                 f"quantization scope: {self.scope!r} is not known. Take one of {', '.join(map(repr, SCOPES))}."
                 f"{closest(str(self.scope), list(SCOPES))}"
             )
+        if self.levels not in LEVELS:
+            raise InputError(
+                f"quantization levels: {self.levels!r} are not known. Take one of {', '.join(map(repr, LEVELS))}."
+                f"{closest(str(self.levels), list(LEVELS))}"
+            )
         if (self.block is not None) != (self.scope == "block"):
             raise InputError(
                 f"quantization block: found {self.block!r} with scope {self.scope!r}. Give a block size with scope "
@@ -68,6 +79,12 @@ class Grid:
             )
         if self.block is not None and self.block < 1:
             raise InputError(f"quantization block: expected at least 1, found {self.block!r}. Usual are 32, 64 or 128.")
+
+    @property
+    def reach(self) -> float:
+        """How much farther the levels go on one side of 0 than on the other: 1, or 2^(b-1) / (2^(b-1) - 1)."""
+        half = 2.0 ** (self.bits - 1)
+        return 1.0 if self.levels == "symmetric" else half / (half - 1)
 
 
 def round_to_nearest(matrix: Tensor, grid: Grid) -> Tensor:
@@ -111,16 +128,20 @@ def round_initializer(array: NDArray[np.generic], form: WeightForm, grid: Grid) 
 
 def _on_grid(values: Tensor, shared: tuple[int, ...], grid: Grid) -> Tensor:
     """Values on the grid whose scale is shared along the axes `shared`."""
-    if grid.asymmetric:
-        top = 2**grid.bits - 1
-        low = values.amin(shared, keepdim=True).clamp(max=0)
-        scale = (values.amax(shared, keepdim=True).clamp(min=0) - low) / top
-    else:
-        top = 2 ** (grid.bits - 1) - 1
-        scale = values.abs().amax(shared, keepdim=True) / top
-    # A scale of 0 stands for weights that are all 0: any other value keeps 0 where it is.
-    scale = torch.where(scale == 0, 1.0, scale)
-    if grid.asymmetric:
+    half = 2 ** (grid.bits - 1)
+    low, high = values.amin(shared, keepdim=True), values.amax(shared, keepdim=True)
+    if grid.levels == "unsigned":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = _or_one((high - low) / (2 * half - 1))
         zero = torch.round(-low / scale)
-        return ((torch.round(values / scale) + zero).clamp(0, top) - zero) * scale
-    return torch.round(values / scale).clamp(-top, top) * scale
+        return ((torch.round(values / scale) + zero).clamp(0, 2 * half - 1) - zero) * scale
+    if grid.levels == "full":
+        scale = _or_one(torch.where(high > -low, high, low) / -half)
+        return torch.round(values / scale).clamp(-half, half - 1) * scale
+    scale = _or_one(torch.maximum(high, -low) / (half - 1))
+    return torch.round(values / scale).clamp(1 - half, half - 1) * scale
+
+
+def _or_one(scale: Tensor) -> Tensor:
+    """A scale of 0 stands for weights that are all 0: any other value keeps them where they are."""
+    return torch.where(scale == 0, 1.0, scale)

@@ -300,6 +300,7 @@ class Report:
     quantization: tuple[Mapping[str, Any], ...] | None = None
     flatness: Mapping[str, Any] | None = None
     collapse: Mapping[str, Any] | None = None
+    drift: Mapping[str, Any] | None = None
     timing: Timing
     peak_memory_bytes: int | None = None
     warnings: tuple[str, ...] = ()

@@ -6,7 +6,8 @@ Text from the model is printed as it is, never as markup, and control characters
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -33,7 +34,7 @@ def render(report: Report, console: Console, *, verbose: bool = False) -> None:
     _head(report, console)
     _layers(report, console, verbose)
     rows = _verification_rows(report) + _heldout_rows(report.heldout_result, verbose)
-    rows += _quantization_rows(report)
+    rows += _drift_rows(report.drift) + _quantization_rows(report)
     rows += [("decided", note) for note in report.decisions] + _frontier_rows(report)
     rows.append(("time", _timing(report)))
     facts(console, rows)
@@ -188,6 +189,23 @@ def _heldout_rows(result: HeldoutResult | None, verbose: bool) -> list[tuple[str
             found = f"{trial.what}: {result.loss_name} {_figure(trial.loss, 4)}{top1}"
             change = f"change {_figure(trial.mean_difference, 2)} +- {_figure(trial.standard_error, 2)}"
             rows.append(("accepted" if trial.accepted else "refused", f"{found}, {change}: {trial.reason}"))
+    return rows
+
+
+def _drift_rows(drift: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """What the changes mean for the data, layer by layer, and beside it for the baseline."""
+    if drift is None or not drift["layers"]:
+        return []
+    beside = {layer["name"]: layer for layer in drift["baseline"] or ()}
+    rows = []
+    for layer in drift["layers"]:
+        shares = ", ".join(f"{share:.2g} at {float(q):.0%}" for q, share in layer["quantiles"].items())
+        worst = ", ".join(str(number) for number, _ in layer["worst"])
+        calm = beside.get(layer["name"])
+        known = f"; baseline {calm['quantiles'][str(drift['quantile'])]:.2g}" if calm else ""
+        rows.append(("drift", f"{layer['name']}: share of a sample's output {shares}{known}; worst samples {worst}"))
+    limit = "" if drift["limit"] is None else f", allowed {drift['limit']:.3g}"
+    rows.append(("drift", f"{drift['figure']:.3g} at {drift['quantile']:.0%} of the samples{limit}"))
     return rows
 
 

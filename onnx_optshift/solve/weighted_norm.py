@@ -7,9 +7,9 @@ with the identity for the loss's own Hessian; deeper down it is a part of it.
 
 Substituting `Y = M^½ W` gives `min ‖Y‖_F` over the rows `A M^-½`, with the same residual: the same secular equation as
 `error_ball`. M comes as `M d / tr(M) + 1`: curvature and norm weigh alike, and directions that no earlier weight moves
-are not free to grow. Measured at equal output deviation, 0.01 to 0.2: on four small networks the held-out loss was never
-higher than with the plain norm, and the trace up to 15 per cent lower; at the last layer of a larger one, up to a
-deviation of 0.08, the loss was 1 to 2 per cent higher. So it is a choice, not the default.
+are not free to grow. Measured at equal output deviation, 0.01 to 0.2: on four small networks the held-out loss was
+never higher than with the plain norm, and the trace up to 15 per cent lower; at the last layer of a larger one, up to
+a deviation of 0.08, the loss was 1 to 2 per cent higher. So it is a choice, not the default.
 
 Cost: one eigendecomposition of M and one SVD of r x d for each layer, once for all tolerances.
 """

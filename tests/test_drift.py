@@ -1,0 +1,64 @@
+"""Drift: the share of each sample's output that a shift changes, and the exit status for monitoring jobs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from onnx_optshift import audit, optimize
+from onnx_optshift.cli import main
+from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.settings import Settings
+
+MODEL = Path(__file__).parent.parent / "models" / "noisy_mlp"
+ORIGINAL = MODEL / "model.onnx"
+
+
+def pixels(name, rows):
+    with np.load(MODEL / name) as data:
+        return {"pixels": data["pixels"][rows]}
+
+
+@pytest.fixture(name="shifted", scope="module")
+def fixture_shifted(tmp_path_factory):
+    out = tmp_path_factory.mktemp("drift") / "shifted.onnx"
+    optimize.run(ORIGINAL, out, [pixels("calibration.npz", slice(0, 100))], ["none"], Settings(device="cpu"))
+    return out
+
+
+def drift(shifted, data, **settings):
+    return audit.compare(ORIGINAL, shifted, [data], Settings(device="cpu", **settings)).drift
+
+
+def test_shares_are_those_of_plain_numpy(shifted):
+    data = pixels("heldout.npz", slice(0, 40))
+    found = {layer["name"]: layer for layer in drift(shifted, data)["layers"]}["fc1.weight"]
+    v, w = (ModelFile.load(path).initializer("fc1.weight").astype(np.float64) for path in (ORIGINAL, shifted))
+    v, w = (matrix if matrix.shape[0] == 64 else matrix.T for matrix in (v, w))
+    rows = data["pixels"].astype(np.float64)
+    shares = np.linalg.norm(rows @ (w - v), axis=1) / np.linalg.norm(rows @ v, axis=1)
+    assert found["quantiles"]["1.0"] == pytest.approx(shares.max(), rel=1e-6)
+    assert found["worst"][0][0] == shares.argmax()
+    assert found["quantiles"]["0.5"] == pytest.approx(np.quantile(shares, 0.5, method="higher"), rel=1e-6)
+
+
+def test_calibration_data_does_not_drift_and_strange_data_drifts_most(shifted):
+    own = drift(shifted, pixels("calibration.npz", slice(0, 100)))["figure"]
+    like = drift(shifted, pixels("heldout.npz", slice(0, 100)))["figure"]
+    rng = np.random.default_rng(0)
+    strange = drift(shifted, {"pixels": rng.random((100, 64)).astype(np.float32)})["figure"]
+    assert own < 1e-5
+    assert 0.01 < like < strange
+
+
+def test_the_exit_status_tells_a_monitoring_job(shifted, tmp_path, capsys):
+    like, strange = tmp_path / "like.npz", tmp_path / "strange.npz"
+    np.savez(like, **pixels("heldout.npz", slice(0, 100)))
+    np.savez(strange, pixels=np.random.default_rng(0).random((100, 64)).astype(np.float32))
+    words = ["verify", str(ORIGINAL), str(shifted), "--baseline", str(MODEL / "calibration.npz"), "--max-drift", "0.2"]
+    assert main([*words, "--calib", str(like)]) == 0
+    assert "baseline" in capsys.readouterr().out
+    assert main([*words, "--calib", str(strange)]) == 3
+    assert "unlike its calibration data" in capsys.readouterr().err
+    # Without a limit the outputs themselves are judged, and these do differ.
+    assert main([*words[:-2], "--calib", str(like)]) == 3
