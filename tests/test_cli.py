@@ -38,7 +38,7 @@ def called(monkeypatch):
     optimize.run = lambda *args: types.SimpleNamespace(report=answer(*args))
     optimize.inspect = answer
     audit = types.ModuleType("onnx_optshift.audit")
-    audit.compare = answer
+    audit.compare = lambda *args, baseline: answer(*args, baseline)
     for module in (optimize, audit):
         name = module.__name__.rpartition(".")[2]
         monkeypatch.setitem(sys.modules, module.__name__, module)
@@ -97,7 +97,7 @@ def test_every_option_arrives():
 def test_every_setting_but_none_has_an_option():
     reachable = vars(parse([*FILES, "--stochastic", "--dry-run"])).keys()
     assert {"stochastic", "dry_run"} <= reachable
-    text = capture_help("shift")
+    text = capture_help("shift") + capture_help("verify")
     for name in Settings.__dataclass_fields__:
         assert f"--{name.replace('_', '-')}" in text
 

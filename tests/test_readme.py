@@ -81,7 +81,8 @@ def test_programs_compile_and_name_what_exists():
 
 
 def test_options_are_the_ones_there_are():
-    known = {option for action in parser_for("shift")._actions for option in action.option_strings} - {"-h", "--help"}
+    actions = [action for command in COMMANDS for action in parser_for(command)._actions]
+    known = {option for action in actions for option in action.option_strings} - {"-h", "--help"}
     table = section("Use").partition("### Options")[2]
     listed = set(re.findall(r"`(--?[a-z][a-z-]*)", table))
     assert listed - {"-h"} == known
