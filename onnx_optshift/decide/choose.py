@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.decide.draws import balanced_batch, batch_sizes
 from onnx_optshift.decide.gate import Gate, Judged, paired
-from onnx_optshift.decide.recapture import MOST_LAYERS, layer_by_layer
+from onnx_optshift.decide.recapture import affordable, layer_by_layer
 from onnx_optshift.decide.share import share_out
 from onnx_optshift.errors import InputError
 from onnx_optshift.layers import Arrays, Candidate, Layers
@@ -84,9 +84,9 @@ class Strategy:
 def strategies(
     bench: Workbench, full: Layers, samples: Samples, fit: Layers, fit_samples: Samples
 ) -> tuple[Strategy, ...]:
-    """All layers against their original inputs; and, where they are few, layer by layer against re-captured ones."""
+    """All layers against their original inputs; and, where it costs little, layer by layer against re-captured ones."""
     parallel = Strategy("all layers in parallel, against their original inputs", full.candidate, fit.candidate)
-    if full.objective != "norm" or not 1 < len(full.weights) <= MOST_LAYERS:
+    if full.objective != "norm" or not affordable(full):
         return (parallel,)
 
     def again(layers: Layers, data: Samples) -> Callable[[float], Candidate]:

@@ -4,7 +4,7 @@ With rows A of the original model, rows A' of the model whose earlier layers are
 Z = A V, a layer may correct for what came before it: `min ||W||_F  s.t.  ||A'W - Z||² <= ||A'V* - Z||² + eps² ||Z||²`,
 around the least-squares solution `V* = (A'ᵀA')⁺ A'ᵀA V`: the ball of `solve.error_ball` around V*.
 
-Costs two runs of the data for each layer, so it is tried only where there are few.
+Costs two runs of the data and two products of all rows for each layer, so it is tried only where both are few.
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ from onnx_optshift.workbench import Workbench
 
 # Beyond this many layers the extra passes cost more than the 5 to 10 per cent of norm they have been seen to give.
 MOST_LAYERS = 12
+# Multiplications of one product of all rows, over all layers: some seconds on a few cores.
+MOST_WORK = 2e11
+
+
+def affordable(layers: Layers) -> bool:
+    """Whether a model is small enough, with its data, to be solved layer by layer."""
+    weights = list(layers.weights.values())
+    if not 1 < len(weights) <= MOST_LAYERS:
+        return False
+    return sum(layers.moments(w).rows * w.groups * w.d**2 for w in weights) <= MOST_WORK
 
 
 def layer_by_layer(bench: Workbench, layers: Layers, samples: Samples, residual: float) -> Candidate:
