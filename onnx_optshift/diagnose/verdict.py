@@ -14,8 +14,8 @@ from onnx_optshift.report.diagnosis import FAIL, GO, NO_GO, PASS, TRY_SMALL, WAR
 ENOUGH_ROWS = 2.0
 # With fewer held-out samples, one standard error of top-1 at 90 % is more than 2 points.
 ENOUGH_JUDGES = 200
-# Share of classes without a sample from which on too much of the model is unseen.
-MOST_MISSING = 0.5
+# Share of classes without a sample beyond which held-out data of the same origin says nothing about the model.
+MOST_MISSING = 0.9
 # Within-class variance, in units of the spread between classes, up to which a class's mean speaks for its samples.
 COLLAPSED, LOOSE = 0.1, 1.0
 # Residual at which freedom is judged, and the norm² (as a share of the original's) that makes a run worth it.

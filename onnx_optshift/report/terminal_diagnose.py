@@ -18,7 +18,7 @@ from onnx_optshift.report.model import Report
 from onnx_optshift.report.terminal import facts, middle_elided, printable
 
 STYLES = {PASS: "green", WARN: "yellow", FAIL: "red", GO: "bold green", TRY_SMALL: "bold yellow", NO_GO: "bold red"}
-NAME_WIDTH = 40
+NAME_WIDTH = 28
 
 
 def render_diagnose(report: Report, console: Console, *, verbose: bool = False) -> None:
@@ -96,9 +96,9 @@ def render_flatness(flatness: Mapping[str, Any], console: Console) -> None:
     titles = ("layer", "trace", "after", "change", "relative", "after") if compared else ("layer", "trace", "relative")
     table = _table(titles, right=range(1, len(titles)))
     for layer in flatness["layers"]:
-        cells = [*_sides(layer["trace"], compared, change=True), *_sides(layer["relative"], compared, change=False)]
+        cells = [*_compared(layer["trace"], compared), *_sides(layer["relative"], compared)]
         table.add_row(_name(layer["name"]), *cells)
-    total = _sides(flatness["trace"], compared, change=True)
+    total = _compared(flatness["trace"], compared)
     table.add_row(Text("total", style="bold"), *total, *[""] * (len(titles) - 1 - len(total)))
     console.print()
     console.print(table)
@@ -110,9 +110,7 @@ def render_flatness(flatness: Mapping[str, Any], console: Console) -> None:
             f"{flatness['probes']} probes for each layer, noise of the loss {_figure(flatness['noise'], 2)}",
         )
     ]
-    sharp = [
-        f"{' -> '.join(_sides(s['rise'], compared, change=False))} at {s['sigma']:g}" for s in flatness["sharpness"]
-    ]
+    sharp = [f"{' -> '.join(_sides(s['rise'], compared))} at {s['sigma']:g}" for s in flatness["sharpness"]]
     if sharp:
         rows.append(("sharpness", f"rise of the loss under noise of this share of each filter: {', '.join(sharp)}"))
     tops = [top for top in (flatness["top_before"], flatness["top_after"]) if top is not None]
@@ -122,16 +120,18 @@ def render_flatness(flatness: Mapping[str, Any], console: Console) -> None:
     facts(console, rows)
 
 
-def _sides(figure: Mapping[str, Any], compared: bool, *, change: bool) -> list[str]:
-    sides = ["before"]
-    if compared:
-        sides += ["after", "change"] if change else ["after"]
-    return [_estimate(figure[side]) for side in sides]
+def _sides(figure: Mapping[str, Any], compared: bool) -> list[str]:
+    return [_figure(figure[side]["value"]) for side in (("before", "after") if compared else ("before",))]
 
 
-def _estimate(estimate: Mapping[str, Any] | None) -> str:
-    if estimate is None:
-        return "-"
+def _compared(figure: Mapping[str, Any], compared: bool) -> list[str]:
+    """Both sides and their difference, whose error alone says whether there is one."""
+    if not compared:
+        return [_estimate(figure["before"])]
+    return [*_sides(figure, compared), _estimate(figure["change"])]
+
+
+def _estimate(estimate: Mapping[str, Any]) -> str:
     error = "" if estimate["error"] is None else f" ± {_figure(estimate['error'], 2)}"
     return f"{_figure(estimate['value'])}{error}"
 
@@ -148,5 +148,6 @@ def _table(titles: Sequence[str], *, right: Iterable[int]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False)
     justified = set(right)
     for k, title in enumerate(titles):
-        table.add_column(title, justify="right" if k in justified else "left")
+        # Numbers never wrap: names give way, in their middle.
+        table.add_column(title, justify="right" if k in justified else "left", no_wrap=k in justified)
     return table
