@@ -56,6 +56,16 @@ def test_auto_takes_what_unseen_data_gains_from(bench):
     assert len(report.heldout_result.tried) >= 3
 
 
+def test_where_no_tolerance_is_let_through_the_exact_shift_still_is():
+    # Training data as the judge: labels learnt by heart, so that any deviation raises the loss; dead inputs cost none.
+    report = run(heldout=npz("calibration.npz", slice(300, 600)), tolerance=0.02).report
+    assert any("exact shifts only" in note for note in report.decisions)
+    assert not report.heldout_result.tried[0].accepted
+    (output,) = report.verification.outputs
+    assert output.rel < 1e-5
+    assert any(layer.status == "shifted" and layer.tolerance == 0.0 for layer in report.layers)
+
+
 def test_auto_needs_a_judge():
     with pytest.raises(InputError, match="held-out"):
         run(heldout="none", tolerance="auto")

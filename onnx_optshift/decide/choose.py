@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,13 +57,16 @@ class Decision:
 def exact(full: Layers, fit: Layers, gate: Gate | None, samples: Samples) -> Decision:
     """The exact shift of every layer that the gate lets through."""
     candidate = full.candidate(0.0)
+    return _exact(candidate, candidate if fit is full else fit.candidate(0.0), gate, samples)
+
+
+def _exact(candidate: Candidate, trial: Candidate, gate: Gate | None, samples: Samples) -> Decision:
     moved = list(candidate.arrays)
     if not moved or gate is None:
         return Decision(candidate, 0.0, samples)
-    trial = fit.candidate(0.0, moved) if fit is not full else candidate
     names, rejected = _groups(gate, moved, lambda group: trial.only(group).arrays, 0.0, "exact")
     chosen = candidate.only([*names, *_unmoved(candidate)])
-    return Decision(chosen, 0.0, samples, rejected, judged=_last_accepted(gate))
+    return Decision(chosen, 0.0, samples, rejected, judged=_last_accepted(gate) if names else None)
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,9 @@ def within(
     names, rejected = _groups(
         gate, list(trial.arrays), lambda group: trial.only(group).arrays, residual, f"at residual {residual:.3g}"
     )
+    if not names:
+        notes.append("no layer may use any of the tolerance: exact shifts only")
+        return replace(_exact(ways[0].full(0.0), ways[0].fit(0.0), gate, samples), notes=tuple(notes))
     chosen = chosen.only([*names, *_unmoved(chosen)])
     return Decision(chosen, tolerance, samples, rejected, tuple(notes), _last_accepted(gate))
 
