@@ -66,8 +66,9 @@ def repacked(archive: bytes, member: str, content: bytes) -> bytes:
     """The .npz with one member replaced and its checksum made to fit, so that the reader gets to see the content."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(archive)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
-        for name in old.namelist():
-            new.writestr(name, content if name == member else old.read(name))
+        for entry in old.infolist():
+            # The entry brings its old date along: the same seed gives the same bytes at any time.
+            new.writestr(entry, content if entry.filename == member else old.read(entry))
     return buffer.getvalue()
 
 
