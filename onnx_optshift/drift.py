@@ -67,7 +67,7 @@ def layer_drifts(
         for weight in _readers(weights, tap):
             before, after = changes[weight.name]
             for position, number in enumerate(batch.indices):
-                one = _own(activation, position, len(batch.indices) + batch.padding)
+                one = _own(activation, tap, position, len(batch.indices) + batch.padding)
                 rows = to_rows(one, tap).to(before)
                 shares[weight.name][0, number] += float((rows @ (after - before)).square().sum())
                 shares[weight.name][1, number] += float((rows @ before).square().sum())
@@ -96,10 +96,11 @@ def _readers(weights: Sequence[Weight], tap: Tap) -> list[Weight]:
     return [weight for weight in weights for use in weight.uses if use.tap == tap]
 
 
-def _own(activation: torch.Tensor, position: int, samples: int) -> torch.Tensor:
-    """One sample's part of a batch's activation; all of it where axis 0 does not number the samples."""
-    if activation.ndim > 1 and activation.shape[0] == samples:
-        return activation[position : position + 1]
+def _own(activation: torch.Tensor, tap: Tap, position: int, samples: int) -> torch.Tensor:
+    """One sample's part of a batch's activation; all of it where no axis numbers the samples."""
+    axis = tap.inside.loops if tap.inside is not None else 0  # behind those that count iterations
+    if activation.ndim > axis + 1 and activation.shape[axis] == samples:
+        return activation.narrow(axis, position, 1)
     return activation
 
 

@@ -95,20 +95,38 @@ RowForm = MatrixRows | PatchRows | AxisRows
 
 
 @dataclass(frozen=True)
+class Inside:
+    """Where a value lies that only exists while a body of If, Loop or Scan runs.
+
+    Attributes:
+        value: Its name there.
+        element_type: Of its elements, by ONNX type number.
+        loops: Loop and Scan nodes around it. Handed out, its activation has as many axes in front, which count
+            iterations; where a branch of an If was not taken it is empty, of any shape.
+    """
+
+    value: str
+    element_type: int
+    loops: int
+
+
+@dataclass(frozen=True)
 class Tap:
     """The identity of "an input": a graph value read in one way. Layers with equal taps share one statistic.
 
     Attributes:
-        value: Name of the graph value.
+        value: Name of the graph value; for one inside a body, the name under which it is handed out of there.
         form: How its activation becomes rows.
         groups: g, the number of independent problems.
         width: d, the length of a row.
+        inside: Where the value lies when it is not in the main graph.
     """
 
     value: str
     form: RowForm
     groups: int
     width: int
+    inside: Inside | None = None
 
 
 @dataclass(frozen=True)

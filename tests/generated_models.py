@@ -184,16 +184,57 @@ def conv_transpose(model: Generated) -> None:
     model.shape = (group * m, *out)
 
 
-def body(model: Generated) -> None:
-    """An If whose branches read the value, one of them through a weight of the outer graph: that weight stays."""
+def branches(model: Generated) -> None:
+    """An If one of whose branches multiplies with a weight: of the outer graph, or its own under the name of another.
+
+    The input of the multiplication is computed outside, or in the branch.
+    """
     *_, d = model.shape
     kind = NUMBERS[model.dtype]
-    w, condition = model.weight(d, d), model.tensor(np.array(True))
-    name = f"v{len(model.nodes)}_0"
+    condition, inner = model.tensor(np.array(model.flag())), model.flag()
+    name, own = f"v{len(model.nodes)}_0", []
+    if model.flag():
+        w = model.weight(d, d)
+    else:
+        w = "own"
+        own = [numpy_helper.from_array((np.eye(d)[::-1] + 0.1).astype(model.dtype), w)]
     outputs = [helper.make_tensor_value_info(f"{name}_{branch}", kind, None) for branch in ("then", "else")]
-    then = helper.make_graph([helper.make_node("MatMul", [model.value, w], [f"{name}_then"])], "then", [], outputs[:1])
-    other = helper.make_graph([helper.make_node("Identity", [model.value], [f"{name}_else"])], "else", [], outputs[1:])
+    read = [helper.make_node("Tanh", [model.value], ["in"])] if inner else []
+    multiply = helper.make_node("MatMul", ["in" if inner else model.value, w], [f"{name}_then"])
+    then = helper.make_graph([*read, multiply], "then", [], outputs[:1], own)
+    read = [helper.make_node("Neg", [model.value], ["in"])]
+    other = helper.make_graph([*read, helper.make_node("Identity", ["in"], [f"{name}_else"])], "else", [], outputs[1:])
     model.value = model.add("If", [condition], then_branch=then, else_branch=other)
+
+
+def loop(model: Generated) -> None:
+    """A Loop that multiplies its state with a weight of the outer graph, 0 to 3 times."""
+    *_, d = model.shape
+    kind, name = NUMBERS[model.dtype], f"v{len(model.nodes)}"
+    true, trips = model.tensor(np.array(True)), model.tensor(np.array(model.integer(0, 3), np.int64))
+    names = [f"{name}_{value}" for value in ("i", "c", "s", "c2", "h", "s2")]
+    number, condition, state, kept, product, new = names
+    nodes = [
+        helper.make_node("Identity", [condition], [kept]),
+        helper.make_node("MatMul", [state, model.weight(d, d)], [product]),
+        helper.make_node("Tanh", [product], [new]),
+    ]
+    inputs = [(number, TensorProto.INT64), (condition, TensorProto.BOOL), (state, kind)]
+    outputs = [(kept, TensorProto.BOOL), (new, kind)]
+    typed = [
+        [helper.make_tensor_value_info(value, of, None if of == kind else []) for value, of in entries]
+        for entries in (inputs, outputs)
+    ]
+    graph = helper.make_graph(nodes, "body", *typed)
+    model.value = model.add("Loop", [trips, true, model.value], body=graph)
+
+
+def function(model: Generated) -> None:
+    """Two calls of a function that multiplies what it is given with the weight that it is given."""
+    *_, d = model.shape
+    w = model.weight(d, d)
+    model.value = model.add("f", [model.value, w], domain="local")
+    model.value = model.add("f", [model.value, w], domain="local")
 
 
 def nonlinear(model: Generated) -> None:
@@ -206,8 +247,21 @@ def flatten(model: Generated) -> None:
 
 # By number of axes besides the samples.
 BLOCKS: dict[int, list[Callable[[Generated], None]]] = {
-    1: [gemm, matmul, einsum, nonlinear, body],
-    2: [matmul, matmul_left, stacked_matmul, einsum, recurrent, attention, conv, nonlinear, body, flatten],
+    1: [gemm, matmul, einsum, nonlinear, branches, loop, function],
+    2: [
+        matmul,
+        matmul_left,
+        stacked_matmul,
+        einsum,
+        recurrent,
+        attention,
+        conv,
+        nonlinear,
+        branches,
+        loop,
+        function,
+        flatten,
+    ],
     3: [conv, conv_transpose, matmul, nonlinear, flatten],
     4: [conv, nonlinear, flatten],
 }
@@ -255,8 +309,9 @@ def _proto(model: Generated, inputs: tuple[int, ...]) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes, "generated", [helper.make_tensor_value_info("x", kind, ["N", *inputs])], [output], initializers
     )
-    opsets = [
-        helper.make_opsetid("", model.draw(st.sampled_from([13, 17, 21]))),
-        helper.make_opsetid("com.microsoft", 1),
-    ]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    standard = helper.make_opsetid("", model.draw(st.sampled_from([13, 17, 21])))
+    opsets = [standard, helper.make_opsetid("com.microsoft", 1), helper.make_opsetid("local", 1)]
+    product, tanh = helper.make_node("MatMul", ["a", "b"], ["h"]), helper.make_node("Tanh", ["h"], ["r"])
+    f = helper.make_function("local", "f", ["a", "b"], ["r"], [product, tanh], [standard])
+    functions = [f] if any(node.op_type == "f" for node in nodes) else []
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8, functions=functions)

@@ -345,9 +345,9 @@ READERS = {
     "graph output": ("y = MatMul(x, W)  z = Identity(W)", "also read by the graph output 'z'"),
     "as bias": ("a = MatMul(x, W)  y = Gemm(a, q, W)", "also read by Gemm node 'y'"),
     "body": (
-        "a = MatMul(x, W)  [if] y = If(c) <then_branch = t () => (float o) { [in] o = MatMul(a, W) },"
-        " else_branch = e () => (float p) { p = Identity(a) }>",
-        "inside the body of If node 'if'",
+        "a = MatMul(x, W)  [map] m = SequenceMap(s)"
+        " <body = b (float[4,4] i) => (float o) { [in] o = MatMul(i, W) }>  y = Identity(a)",
+        "inside the body of SequenceMap node 'map': SequenceMap does not hand out",
     ),
     "behind identity in a body": (
         "a = MatMul(x, W)  w = Identity(W) [if] y = If(c) <then_branch = t () => (float o) { [in] o = Add(a, w) },"
@@ -359,7 +359,6 @@ READERS = {
         " else_branch = e () => (float p) { p = Identity(a) }>",
         "also read by the body of If node 'if'",
     ),
-    "function": ("a = MatMul(x, W)  [call] y = tests.f(a, W)", "inside the function 'f'"),
     "loop state": (
         "a = MatMul(x, W)  [loop] y = Loop(n, c, W) <body = b (int64 k, bool u, float s) => (bool u2, float s2)"
         " { u2 = Identity(u)  s2 = Add(s, a) }>",
@@ -372,13 +371,10 @@ READERS = {
 def test_one_reader_too_many(case: str) -> None:
     body, reason = READERS[case]
     output = ", float[4,4] z" if "z =" in body else ""
-    text = f"g (float[4,4] x, int64[4] i, bool c, int64 n) => (float[4,4] y{output}) {{ {body} }}"
+    inputs = "float[4,4] x, int64[4] i, bool c, int64 n, seq(float[4,4]) s"
+    text = f"g ({inputs}) => (float[4,4] y{output}) {{ {body} }}"
     tensors = {"W": tiny.weight(4, 4)} | ({"q": tiny.weight(4, 4)} if "q" in body.split() or "q," in body else {})
-    functions = ""
-    if "tests.f" in body:
-        functions = '<domain: "tests", opset_import: ["":17]> f (a, b) => (r) { r = MatMul(a, b) }'
-    proto = tiny.model(text, tensors, functions=functions, imports=', "tests":1' if functions else "")
-    _, skips = find(proto)
+    _, skips = find(tiny.model(text, tensors))
     skip = next(skip for skip in skips if skip.weight == "W")
     assert reason in skip.reason
     assert skip.op_type == "MatMul"
@@ -393,7 +389,7 @@ def test_reader_of_the_shape_alone_is_no_reader(op: str) -> None:
     assert only(tiny.model(text, {"W": tiny.weight(4, 4)})).name == "W"
 
 
-def test_layers_inside_bodies_and_functions_are_listed() -> None:
+def test_layers_inside_bodies_are_weights_and_constants_of_functions_are_listed() -> None:
     text = """g (float[4,4] x, bool c) => (float[4,4] y) {
         a = MatMul(x, V)
         [if] b = If(c) <then_branch = t () => (float o)
@@ -404,10 +400,10 @@ def test_layers_inside_bodies_and_functions_are_listed() -> None:
         { k = Constant<value=float[1,4] {1,2,3,4}>()  [in_f] r = MatMul(a, k) }"""
     tensors = {"V": tiny.weight(4, 4), "W": tiny.weight(4, 1)}
     weights, skips = find(tiny.model(text, tensors, functions=functions, imports=', "tests":1'))
-    assert [weight.name for weight in weights] == ["V"]
-    assert {skip.node for skip in skips} == {"in_then", "in_else", "in_f"}
-    assert all("its input is not captured" in skip.reason for skip in skips)
-    assert next(skip.weight for skip in skips if skip.node == "in_else") == "W"
+    assert [weight.name for weight in weights] == ["V", "k", "W"]
+    assert [weight.owner for weight in weights] == ["initializer", "constant", "initializer"]
+    (skip,) = skips
+    assert "a constant inside a function, which has it for all its calls" in skip.reason
 
 
 UNHANDLED = {

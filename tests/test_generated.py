@@ -38,14 +38,19 @@ def run(model: Path, feeds: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def blanked(path: Path, names: set[str]) -> onnx.ModelProto:
-    """The model without the contents of these initializers or Constant nodes."""
+    """The model without the contents of these initializers or Constant nodes, those of bodies by their own name."""
     proto = onnx.load(path)
-    for tensor in proto.graph.initializer:
-        if tensor.name in names:
-            tensor.ClearField("raw_data")
-    for node in proto.graph.node:
-        if node.op_type == "Constant" and node.output[0] in names:
-            node.attribute[0].t.ClearField("raw_data")
+    own = {name.split("#")[0] for name in names}
+    todo = [proto.graph]
+    while todo:
+        graph = todo.pop()
+        for tensor in graph.initializer:
+            if tensor.name in own:
+                tensor.ClearField("raw_data")
+        for node in graph.node:
+            if node.op_type == "Constant" and node.output[0] in own:
+                node.attribute[0].t.ClearField("raw_data")
+            todo += [attribute.g for attribute in node.attribute if attribute.HasField("g")]
     return proto
 
 

@@ -2,7 +2,7 @@
 
     python tools/coverage_table.py [--check]
 
-Every cell of the main graph is a run of the whole pass on a model of one layer with fewer samples than features. With
+Every cell is a run of the whole pass on a model of one layer with fewer samples than features. With
 `--check` nothing is written; exit status 1 if docs/coverage.md is not what would be written.
 """
 
@@ -33,7 +33,7 @@ DTYPES = {
     "bfloat16": (TensorProto.BFLOAT16, "bfloat16", ml_dtypes.bfloat16),
     "float64": (TensorProto.DOUBLE, "double", np.float64),
 }
-PLACES = ("If", "Loop", "function")
+PLACES = ("If", "Loop", "Scan", "function")
 ONNX_OPSET = 21
 
 
@@ -224,16 +224,22 @@ def main_graph(layer: Layer, dtype: str) -> str:
         found = _discovered(model)
         if found != "shifted":
             return found
-        model.graph.output[0].type.tensor_type.ClearField("shape")
-        try:
-            result = onnx_optshift.shift(model, {"x": _array(layer.x, 1)}, device="cpu", heldout="none")
-        except InputError as error:
-            if "ONNX Runtime cannot" in str(error):
-                continue
-            raise
-        status = next(entry for entry in result.report.layers if entry.weight == "W").status
-        return f"{status}{suffix}"
+        status = _status(model, {"x": _array(layer.x, 1)})
+        if status is not None:
+            return f"{status}{suffix}"
     return "no kernel on the CPU"
+
+
+def _status(model: onnx.ModelProto, calibration: object) -> str | None:
+    """What the pass made of the weight; None where ONNX Runtime cannot run the model."""
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    try:
+        result = onnx_optshift.shift(model, calibration, device="cpu", heldout="none")
+    except InputError as error:
+        if "ONNX Runtime cannot" in str(error):
+            return None
+        raise
+    return next(entry for entry in result.report.layers if entry.weight == "W").status
 
 
 def _renamed(text: str, names: list[str]) -> str:
@@ -242,9 +248,9 @@ def _renamed(text: str, names: list[str]) -> str:
 
 
 def in_body(layer: Layer, place: str) -> str:
-    """What becomes of a weight of the outer graph that is used inside a body, or handed to a function."""
+    """What becomes of a weight of the outer graph whose layer, with its input, is inside a body or a function."""
     tensors, shape = _tensors(layer, "float32"), list(layer.x)
-    inner = _renamed(layer.text, [])
+    inner = f"x_f = Identity(x)  {_renamed(layer.text, ['x'])}"
     functions = ""
     if place == "If":
         body = f"""y = If(c) <then_branch = t () => (float y_f) {{ {inner} }},
@@ -252,12 +258,23 @@ def in_body(layer: Layer, place: str) -> str:
     elif place == "Loop":
         body = f"""y = Loop(n, c) <body = b (int64 k, bool u) => (bool v, float y_f)
             {{ v = Identity(u)  {inner} }}>"""
+    elif place == "Scan":
+        inner = inner.replace("Identity(x)", "Add(x, step)")
+        # A Scan wants to know the rank of what it stacks.
+        inner += "  flat = Constant<value=int64[1] {-1}>()  y_r = Reshape(y_f, flat)"
+        body = f"y = Scan<num_scan_inputs=1, body = b (float[] step) => (float[k] y_r) {{ {inner} }}>(r)"
     else:
         others = "".join(f", {name}" for name, _ in layer.more)
         body = f"y = local.f(x, W{others})"
         imports = f'"":{ONNX_OPSET}, "com.microsoft":1'
         functions = f'<domain: "local", opset_import: [{imports}]> f (x, W{others}) => (y) {{ {layer.text} }}'
-    return _discovered(_model(body, tensors, f"float{shape} x, bool c, int64 n) => (float y", functions))
+    model = _model(body, tensors, f"float{shape} x, bool c, int64 n, float[2] r) => (float y", functions)
+    found = _discovered(model)
+    if found != "shifted":
+        return found
+    x = _array(layer.x, 1).astype(np.float32)
+    feed = {"x": x, "c": np.array(True), "n": np.array(2), "r": np.zeros(2, np.float32)}
+    return _status(model, [feed]) or "no kernel on the CPU"
 
 
 def _discovered(model: onnx.ModelProto) -> str:
@@ -310,8 +327,9 @@ def page() -> str:
         "Made by `python tools/coverage_table.py`, which tries every cell; a test keeps it current. `inspect` says",
         "the same of the layers of a given model. A weight that is skipped keeps its bytes; the report says why.",
         "",
-        "The columns of types are layers of the main graph, run on the CPU. The last three are weights of the main",
-        "graph that are used inside a body, or inside a function that they are handed to.",
+        "The columns of types are layers of the main graph, run on the CPU. The last four are layers inside a body, or",
+        "inside a function that the weight is handed to. Weights that a body holds itself are found as well; those that",
+        "a function holds, as a constant for all its calls, are skipped.",
         "",
     ]
     columns = [*DTYPES, *PLACES]

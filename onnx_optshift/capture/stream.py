@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from onnx_optshift.calibration.source import Batch
 from onnx_optshift.capture.session import Session, as_tensor
+from onnx_optshift.errors import InputError
 from onnx_optshift.geometry import Tap
 
 Sink = Callable[[Tap, Batch, torch.Tensor], None]
@@ -42,7 +43,15 @@ def stream(
         # A graph input that is read by a layer comes from the feeds: as an output it would alias the input, and
         # ONNX Runtime overwrites such an output on the next run (onnxruntime issue 21922).
         computed = [value for value in values if value not in batch.feeds]
-        activations = session.run_tensors({**batch.feeds, **(overrides or {})}, computed)
+        try:
+            activations = session.run_tensors({**batch.feeds, **(overrides or {})}, computed)
+        except InputError as error:
+            if not any(tap.inside and tap.inside.loops for tap in taps):
+                raise
+            raise InputError(
+                f"{error} Inputs of layers inside a Loop or Scan are stacked over its iterations: where one changes "
+                "its shape in between, leave its layer out with --nodes-to-exclude."
+            ) from error
         for value in values:
             if value in batch.feeds:
                 activations[value] = as_tensor(batch.feeds[value]).to(session.device.solve)

@@ -33,6 +33,8 @@ def affordable(layers: Layers) -> bool:
     weights = list(layers.weights.values())
     if not 1 < len(weights) <= MOST_LAYERS:
         return False
+    if any(use.tap.inside for weight in weights for use in weight.uses):
+        return False  # shifted weights may change which branch runs and how often: there are no pairs of rows then
     return sum(layers.moments(w).rows * w.groups * w.d**2 for w in weights) <= MOST_WORK
 
 

@@ -164,7 +164,7 @@ def collapse(
         return None
     tap = weight.uses[0].tap
     moments = FeatureMoments(weight.d, bench.device.solve)
-    session = bench.session(probe_model(bench.model, [tap.value]))
+    session = bench.session(probe_model(bench.model, [tap]))
     one_each = True
 
     def add(_: Tap, batch: Batch, activation: Tensor) -> None:
@@ -203,7 +203,7 @@ def _columns(bench: Workbench, weight: Weight, labels: NDArray[np.int64]) -> Ten
 
 def _disagreement(bench: Workbench, samples: Samples, tap: Tap, features: Features, logits: str) -> float:
     """NC4: share of samples whose answer, among the classes present, is not the nearest class mean."""
-    session = bench.session(probe_model(bench.model, [tap.value]))
+    session = bench.session(probe_model(bench.model, [tap]))
     means, wrong, seen = features.means, 0, 0
     for batch, outputs in bench.reference(samples):
         count = len(batch.indices)

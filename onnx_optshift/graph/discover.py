@@ -8,21 +8,22 @@ graph) and the weight is left as it is, with the reason.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
 import onnx
 import onnx_graphsurgeon as gs
 
-from onnx_optshift.geometry import WeightForm
+from onnx_optshift.geometry import Inside, WeightForm
+from onnx_optshift.graph.bodies import LOOPS, can_expose
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.operators import MICROSOFT, QUANTIZED, operator_of
 from onnx_optshift.graph.passthrough import QUANTIZATION, constant_integers, passed_through
 from onnx_optshift.graph.scopes import Scopes, domain_of
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.graph.tensors import FLOAT_TYPES, type_name
-from onnx_optshift.graph.weights import Match, Skip, Use, Weight, display_name
+from onnx_optshift.graph.weights import Match, Skip, Use, Weight, attribute, display_name
 
 # They read a tensor's dims, which a shift keeps.
 _SHAPE_ONLY: Final = frozenset({"Shape", "Size"})
@@ -37,6 +38,7 @@ class _Reading:
     operand: int
     form: WeightForm
     quantized: bool
+    element_type: int  # as it arrives, behind casts
 
 
 def discover(model: ModelFile, selection: Selection) -> tuple[list[Weight], list[Skip]]:
@@ -64,19 +66,19 @@ class _Finder:
     def __init__(self, model: ModelFile) -> None:
         self._model = model
         self._scopes = Scopes.of(model.graph)
+        self._values = self._scopes.values()
         self._outputs = {id(value) for value in model.graph.outputs}
         self._integers = partial(constant_integers, model.tensors)
         self._position = {id(node): index for index, node in enumerate(self._scopes.nodes)}
         self._reached: set[tuple[int, int]] = set()  # (id of a linear node, operand)
 
     def named(self) -> Iterator[tuple[int, Weight | Skip]]:
-        """Every constant of the main graph that a linear layer multiplies with, and where the first such layer is."""
-        initializers = {tensor.name for tensor in self._model.proto.graph.initializer}
-        values = self._scopes.main_values()
+        """Every constant that a linear layer multiplies with, and where the first such layer is."""
         for name, tensor in self._model.tensors.items():
-            if name not in values or any(dim < 0 for dim in tensor.dims):
+            value = self._values.get(name)
+            if value is None or any(dim < 0 for dim in tensor.dims):
                 continue
-            readings = list(self._readings(values[name], WeightForm(tuple(tensor.dims))))
+            readings = list(self._readings(value, WeightForm(tuple(tensor.dims)), tensor.data_type))
             layers = [(reading, reading.node) for reading in readings if reading.node and self._is_layer(reading)]
             if not layers:
                 continue
@@ -88,11 +90,11 @@ class _Finder:
                 yield position, Skip(name, display_name(first), first.op, verdict)
             else:
                 form, uses = verdict
-                owner = "initializer" if name in initializers else "constant"
+                owner = "constant" if value.inputs else "initializer"
                 yield position, Weight(name, type_name(tensor), tuple(tensor.dims), form, uses, owner)
 
     def unnamed(self) -> Iterator[tuple[int, Skip]]:
-        """Linear layers whose weight is constant, but no tensor of the main graph. Comes after `named`."""
+        """Linear layers whose weight is constant, but no tensor that can be patched. Comes after `named`."""
         for node in self._scopes.nodes:
             operator = operator_of(node)
             for operand in operator.operands if operator else ():
@@ -102,8 +104,10 @@ class _Finder:
                 if (id(node), operand) in self._reached or not self._has_activation(node, operand):
                     continue
                 producer = value.inputs[0] if value.inputs else None
-                if id(node) in self._scopes.body_of:
-                    reason = f"inside {self._scopes.body_of[id(node)]}: its input is not captured"
+                if id(node) not in self._scopes.owners:
+                    reason = f"inside {self._scopes.body_of[id(node)]}, which cannot be inlined"
+                elif producer is not None and producer.op == "Constant":
+                    reason = "its weight is a constant inside a function, which has it for all its calls"
                 elif producer is not None:
                     by = f"{producer.op} node {display_name(producer)!r}"
                     reason = f"its weight is computed from constants by {by}; fold constants first"
@@ -144,23 +148,39 @@ class _Finder:
         operator = operator_of(node) if node is not None else None
         if node is None or operator is None or not self._is_layer(reading):
             return f"also read by {reading.reader}"
-        if id(node) in self._scopes.body_of:
-            return f"inside {self._scopes.body_of[id(node)]}: its input is not captured"
-        return operator.matcher(node, reading.operand, reading.form) if operator.matcher else operator.reason
+        match = operator.matcher(node, reading.operand, reading.form) if operator.matcher else operator.reason
+        return self._within_reach(match, node, reading.element_type) if isinstance(match, Match) else match
 
-    def _readings(self, value: gs.Tensor, form: WeightForm) -> Iterator[_Reading]:
+    def _within_reach(self, match: Match, node: gs.Node, element_type: int) -> Match | str:
+        """The match with the place of each input that is in a body, or why that cannot be handed out."""
+        if id(node) not in self._scopes.owners:
+            return f"inside {self._scopes.body_of[id(node)]}, which cannot be inlined"
+        uses = []
+        for use in match.uses:
+            owners = self._scopes.owners_of(self._values[use.tap.value])
+            for owner in owners:
+                if not can_expose(owner.op, domain_of(owner), self._model.opset):
+                    return f"inside {self._scopes.body_of[id(node)]}: {owner.op} does not hand out what flows there"
+            tap = use.tap
+            if owners:
+                loops = sum(owner.op in LOOPS for owner in owners)
+                tap = replace(tap, value=f"{tap.value}@inside", inside=Inside(tap.value, element_type, loops))
+            uses.append(replace(use, tap=tap))
+        return replace(match, uses=tuple(uses))
+
+    def _readings(self, value: gs.Tensor, form: WeightForm, element_type: int) -> Iterator[_Reading]:
         """All ends of the ways that a constant takes through nodes that only rearrange it."""
-        todo: list[tuple[gs.Tensor, WeightForm, bool]] = [(value, form, False)]
-        visited: set[tuple[int, WeightForm, bool]] = set()  # functions may call each other in any way
+        todo: list[tuple[gs.Tensor, WeightForm, bool, int]] = [(value, form, False, element_type)]
+        visited: set[tuple[int, WeightForm, bool, int]] = set()  # functions may call each other in any way
         while todo:
-            value, form, quantized = todo.pop()
-            if (id(value), form, quantized) in visited:
+            value, form, quantized, element_type = todo.pop()
+            if (id(value), form, quantized, element_type) in visited:
                 continue
-            visited.add((id(value), form, quantized))
+            visited.add((id(value), form, quantized, element_type))
             if id(value) in self._outputs:
-                yield _Reading(f"the graph output {value.name!r}", None, 0, form, quantized)
+                yield _Reading(f"the graph output {value.name!r}", None, 0, form, quantized, element_type)
             if value.name in self._scopes.leaked:
-                yield _Reading(self._scopes.leaked[value.name], None, 0, form, quantized)
+                yield _Reading(self._scopes.leaked[value.name], None, 0, form, quantized, element_type)
             consumers = {id(node): node for node in value.outputs}  # listed once for every operand that reads it
             for node in consumers.values():
                 if node.op in _SHAPE_ONLY and not domain_of(node):
@@ -173,11 +193,12 @@ class _Finder:
                     function = self._scopes.function_inputs.get((domain_of(node), node.op), [])
                     behind = self._behind(node, operand, form)
                     if operand < len(function):
-                        todo.append((function[operand], form, quantized))
+                        todo.append((function[operand], form, quantized, element_type))
                     elif behind is not None:
-                        todo.append((node.outputs[0], behind, quantized or node.op in QUANTIZATION))
+                        kind = attribute(node, "to", element_type) if node.op == "Cast" else element_type
+                        todo.append((node.outputs[0], behind, quantized or node.op in QUANTIZATION, kind))
                     else:
-                        yield _Reading(reader, node, operand, form, quantized)
+                        yield _Reading(reader, node, operand, form, quantized, element_type)
 
     def _behind(self, node: gs.Node, operand: int, form: WeightForm) -> WeightForm | None:
         if domain_of(node) and not (domain_of(node) == MICROSOFT and node.op in QUANTIZATION):

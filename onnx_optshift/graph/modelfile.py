@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_optshift.errors import InputError, closest
+from onnx_optshift.graph.bodies import flattened
 from onnx_optshift.graph.external import external_array, locate
 from onnx_optshift.graph.scopes import Scopes
 from onnx_optshift.graph.tensors import all_tensors, inline_array, is_external, owned_tensors
@@ -134,12 +135,17 @@ class ModelFile:
 
     @cached_property
     def tensors(self) -> dict[str, onnx.TensorProto]:
-        """Initializers, and values of Constant nodes by output name, of the main graph."""
+        """Initializers, and values of Constant nodes by output name, of the main graph and of bodies."""
         return owned_tensors(self.proto)
 
     @cached_property
+    def flat(self) -> onnx.ModelProto:
+        """The model to look for weights in: no functions, and no two values of one name. Often `proto` itself."""
+        return flattened(self.proto)
+
+    @cached_property
     def graph(self) -> gs.Graph:
-        """Producers and consumers of every value. Read only: it is never exported.
+        """Producers and consumers of every value of `flat`. Read only: it is never exported.
 
         Raises:
             InputError: The graph cannot be built.
@@ -147,7 +153,7 @@ class ModelFile:
         # graphsurgeon prints to the terminal by itself.
         severity, G_LOGGER.severity = G_LOGGER.severity, G_LOGGER.CRITICAL + 1
         try:
-            return gs.import_onnx(self.proto)
+            return gs.import_onnx(self.flat)
         except Exception as error:
             raise InputError(
                 f"{self.where}: the graph cannot be read ({_short(error)}). Export the model again."
@@ -156,10 +162,10 @@ class ModelFile:
             G_LOGGER.severity = severity
 
     def initializer(self, name: str) -> NDArray[np.generic]:
-        """Decodes one tensor of the main graph. Nothing is cached; external tensors are mapped, not loaded.
+        """Decodes one tensor. Nothing is cached; external tensors are mapped, not loaded.
 
         Args:
-            name: Of an initializer, or the output of a Constant node.
+            name: A name in `tensors`.
 
         Returns:
             The array in its own dtype and shape, read only where possible; bfloat16 as ml_dtypes' type.
@@ -242,7 +248,7 @@ def _check_names(model: ModelFile) -> None:
     Raises:
         InputError: A name is not.
     """
-    graph = model.proto.graph
+    graph = model.flat.graph
     names = [value.name for value in (*graph.input, *graph.output, *graph.initializer)]
     for node in Scopes.of(model.graph).nodes:
         names += [node.name, node.op, node.domain or "", *(value.name for value in (*node.inputs, *node.outputs))]

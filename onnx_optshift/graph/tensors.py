@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from onnx_optshift.errors import InputError
+from onnx_optshift.graph.bodies import bodies, unique_names
 
 # The floating types that a weight may have, by ONNX type number, as they are called in reports.
 FLOAT_TYPES: Final[dict[int, str]] = {
@@ -157,7 +158,7 @@ def replace_inline(tensor: onnx.TensorProto, array: NDArray[np.generic]) -> None
 
 
 def owned_tensors(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
-    """The tensors of the main graph that have a name to be read by: initializers, and values of Constant nodes."""
+    """Initializers, and values of Constant nodes, by the model-wide name of `bodies.unique_names`."""
     return {name: tensor for name, tensor in named_tensors(model) if name}
 
 
@@ -174,20 +175,27 @@ def named_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProt
     Yields:
         The tensor and, for those of `owned_tensors`, the name it is read by; else an empty name.
     """
-    for tensor in model.graph.initializer:
-        yield tensor.name, tensor
-    for tensor in _sparse_parts(model.graph.sparse_initializer):
-        yield "", tensor
-    for node in model.graph.node:
-        name = node.output[0] if constant_value(node) is not None else ""
-        for tensor in _attribute_tensors(node.attribute):
-            yield name, tensor
+    yield from _named_in(model.graph, iter(unique_names(model.graph)))
     for function in model.functions:
-        for tensor in (*_node_tensors(function.node), *_attribute_tensors(function.attribute_proto)):
+        for tensor in (*_node_tensors(function.node), *_own_tensors(function.attribute_proto)):
             yield "", tensor
     for training in model.training_info:
         for tensor in (*_graph_tensors(training.initialization), *_graph_tensors(training.algorithm)):
             yield "", tensor
+
+
+def _named_in(graph: onnx.GraphProto, scopes: Iterator[dict[str, str]]) -> Iterator[tuple[str, onnx.TensorProto]]:
+    names = next(scopes)
+    for tensor in graph.initializer:
+        yield names[tensor.name], tensor
+    for tensor in _sparse_parts(graph.sparse_initializer):
+        yield "", tensor
+    for node in graph.node:
+        name = names.get(node.output[0], "") if constant_value(node) is not None else ""
+        for tensor in _own_tensors(node.attribute):
+            yield name, tensor
+        for body in bodies(node):
+            yield from _named_in(body, scopes)
 
 
 def all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -203,16 +211,17 @@ def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
 
 def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
     for node in nodes:
-        yield from _attribute_tensors(node.attribute)
+        yield from _own_tensors(node.attribute)
+        for body in bodies(node):
+            yield from _graph_tensors(body)
 
 
-def _attribute_tensors(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
+def _own_tensors(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:
+    """Tensors in attributes, those of bodies not included."""
     for attribute in attributes:
         if attribute.HasField("t"):
             yield attribute.t
         yield from attribute.tensors
-        for graph in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
-            yield from _graph_tensors(graph)
         yield from _sparse_parts([attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else [])
         yield from _sparse_parts(attribute.sparse_tensors)
 

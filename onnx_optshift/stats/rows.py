@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from onnx_optshift.errors import InputError
-from onnx_optshift.geometry import AxisRows, MatrixRows, PatchRows, Tap
+from onnx_optshift.geometry import AxisRows, Inside, MatrixRows, PatchRows, Tap
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.patches import check_images, lag_axis, outputs, patch_gram, patch_view
 
@@ -60,6 +60,9 @@ def to_rows(activation: Tensor, tap: Tap) -> Tensor:
     Raises:
         InputError: The activation does not have the tap's shape.
     """
+    if tap.inside is not None:
+        each = [to_rows(piece, replace(tap, inside=None)) for piece in _runs(activation, tap.inside)]
+        return torch.cat(each, 1) if each else activation.new_zeros(tap.groups, 0, tap.width)
     view = _view(activation, tap)
     rows = view.rows(view.tensor)
     return rows if tap.form.scale == 1 else rows * tap.form.scale
@@ -78,6 +81,10 @@ def observe(moments: InputMoments, tap: Tap, activation: Tensor) -> None:
     Raises:
         InputError: The activation does not have the tap's shape.
     """
+    if tap.inside is not None:
+        for piece in _runs(activation, tap.inside):
+            observe(moments, replace(tap, inside=None), piece)
+        return
     form = tap.form
     if activation.numel() == 0:
         _view(activation, tap)  # brings no rows; a wrong shape is an error all the same
@@ -103,6 +110,13 @@ def observe(moments: InputMoments, tap: Tap, activation: Tensor) -> None:
         view = _view(part, tap)
         for piece in view.slices(limit):
             _add(moments, view, piece, form.scale)
+
+
+def _runs(activation: Tensor, inside: Inside) -> Sequence[Tensor]:
+    """What each run of a body brought; nothing where it never ran."""
+    if activation.numel() == 0:
+        return ()
+    return activation.flatten(0, inside.loops - 1).unbind(0) if inside.loops else (activation,)
 
 
 def _add(moments: InputMoments, view: _RowView, piece: Tensor, scale: float) -> None:

@@ -1,0 +1,204 @@
+"""Bodies of If, Loop and Scan, and model-local functions, made as readable as the main graph.
+
+Two branches may use one name for different values, and a function's body is written once for many calls. In the copy
+that `flattened` makes every value has a name of its own, and functions are inlined into their calls: there a name says
+which value is meant, wherever it lies. `expose` then hands values out of their bodies.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import onnx
+from onnx import inliner
+
+from onnx_optshift.geometry import Inside
+
+_logger = logging.getLogger(__name__)
+
+# Operators that run a body again and again and stack what it hands out.
+LOOPS: Final = frozenset({"Loop", "Scan"})
+# Before this opset a Scan had a batch axis of its own.
+_SCAN_SINCE: Final = 9
+
+
+def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The bodies of a node, in the order of its attributes."""
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph and all bodies within, each before those inside it."""
+    yield graph
+    for node in graph.node:
+        for body in bodies(node):
+            yield from graphs(body)
+
+
+def unique_names(main: onnx.GraphProto) -> list[dict[str, str]]:
+    """Names under which the values of each graph are known model-wide.
+
+    Args:
+        main: The main graph. Its own values keep their names.
+
+    Returns:
+        For each graph of `graphs`: by the name of a value that it defines, the model-wide one: the name itself where
+        no other graph uses it, else the name and a number.
+    """
+    defined = [list(dict.fromkeys(_defined(graph))) for graph in graphs(main)]
+    counts = Counter(name for names in defined for name in names)
+    taken = set(counts)
+    result = [{name: name for name in defined[0]}]
+    numbers: Counter[str] = Counter()
+    for names in defined[1:]:
+        unique: dict[str, str] = {}
+        for name in names:
+            unique[name] = name
+            while counts[name] > 1 and unique[name] in taken:
+                numbers[name] += 1
+                unique[name] = f"{name}#{numbers[name]}"
+            taken.add(unique[name])
+        result.append(unique)
+    return result
+
+
+def flattened(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model with functions inlined and no two values of one name; the model itself where nothing stands in the way.
+
+    Initializers and outputs of Constant nodes have the names of `tensors.owned_tensors`. A function that cannot be
+    inlined stays.
+
+    Args:
+        proto: A model; never changed.
+    """
+    names = unique_names(proto.graph)
+    renamed = any(old != new for scope in names for old, new in scope.items())
+    if not renamed and not proto.functions:
+        return proto
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    if renamed:
+        _rename(copy.graph, iter(names), {})
+    if not copy.functions:
+        return copy
+    try:
+        inlined = inliner.inline_local_functions(copy)
+    except Exception as error:
+        _logger.info("functions are not inlined: %s", error)
+        return copy
+    # What was inlined must not have taken a name that another value has: names say which tensor is meant.
+    kept = all(old == new for scope in unique_names(inlined.graph) for old, new in scope.items())
+    return inlined if kept else copy
+
+
+def can_expose(op_type: str, domain: str, opset: int) -> bool:
+    """Whether a node of this operator can hand out values of its bodies."""
+    return not domain and (op_type in {"If", "Loop"} or (op_type == "Scan" and opset >= _SCAN_SINCE))
+
+
+def expose(graph: onnx.GraphProto, wanted: Mapping[str, Inside]) -> None:
+    """Hands values of bodies out as values of the main graph, in place.
+
+    Iterations of a Loop or Scan are stacked along a new first axis. A branch of an If that is not taken brings an
+    empty tensor `[0]`.
+
+    Args:
+        graph: The main graph, of a model from `flattened`.
+        wanted: Where the values are, by the name that the main graph is to have them under.
+    """
+    _Exposure({place.value: (name, place.element_type) for name, place in wanted.items()}).into(graph, 0)
+
+
+@dataclass
+class _Exposure:
+    """Values to hand out: the name at the top and the element type, by name in their body."""
+
+    wanted: Mapping[str, tuple[str, int]]
+    _fresh: int = field(default=0, init=False)
+
+    def into(self, graph: onnx.GraphProto, depth: int) -> dict[str, str]:
+        """Adds outputs to the bodies in a graph and to the nodes that own them.
+
+        Returns:
+            The names that wanted values now have in this graph.
+        """
+        here: dict[str, str] = {}
+        for node in graph.node:
+            found = [self._out_of(body, depth + 1) for body in bodies(node)]
+            every = list(dict.fromkeys(value for values in found for value in values))
+            if not every:
+                continue
+            for body, values in zip(bodies(node), found, strict=True):
+                for value in every:
+                    body.output.add(name=values.get(value) or self._nothing(body, value))
+            # Trailing outputs may be left out of a node, but not of its body.
+            missing = len(next(bodies(node)).output) - len(every) - len(node.output) - (node.op_type == "Loop")
+            node.output.extend([""] * missing)
+            for value in every:
+                here[value] = self.wanted[value][0] if depth == 0 else self._name(value)
+                node.output.append(here[value])
+            for attribute in node.attribute:
+                if attribute.name in ("scan_output_axes", "scan_output_directions"):
+                    attribute.ints.extend([0] * len(every))
+        return here
+
+    def _out_of(self, body: onnx.GraphProto, depth: int) -> dict[str, str]:
+        """The names under which a body can hand out what it and its own bodies hold."""
+        names = self.into(body, depth)
+        for value in dict.fromkeys(_computed(body)):
+            if value in self.wanted:
+                # A copy: the value may be an input of the body, or among its outputs already.
+                names[value] = self._name(value)
+                body.node.add(op_type="Identity", input=[value], output=[names[value]])
+        return names
+
+    def _nothing(self, body: onnx.GraphProto, value: str) -> str:
+        """What the other branch of an If hands out: no rows, of the same element type."""
+        name = self._name(value)
+        empty = onnx.TensorProto(data_type=self.wanted[value][1], dims=[0], raw_data=b"")
+        node = body.node.add(op_type="Constant", output=[name])
+        node.attribute.append(onnx.helper.make_attribute("value", empty))
+        return name
+
+    def _name(self, value: str) -> str:
+        self._fresh += 1
+        return f"{self.wanted[value][0]}@{self._fresh}"
+
+
+def _computed(graph: onnx.GraphProto) -> Iterator[str]:
+    """Values that a graph gets or computes."""
+    yield from (value.name for value in graph.input)
+    for node in graph.node:
+        yield from (name for name in node.output if name)
+
+
+def _defined(graph: onnx.GraphProto) -> Iterator[str]:
+    yield from _computed(graph)
+    yield from (tensor.name for tensor in graph.initializer)
+    yield from (tensor.values.name for tensor in graph.sparse_initializer)
+
+
+def _rename(graph: onnx.GraphProto, scopes: Iterator[dict[str, str]], outer: Mapping[str, str]) -> None:
+    names = {**outer, **next(scopes)}
+
+    def new(name: str) -> str:
+        return names.get(name, name)
+
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        value.name = new(value.name)
+    for tensor in (*graph.initializer, *(sparse.values for sparse in graph.sparse_initializer)):
+        tensor.name = new(tensor.name)
+    for annotation in graph.quantization_annotation:
+        annotation.tensor_name = new(annotation.tensor_name)
+    for node in graph.node:
+        node.input[:] = [new(name) for name in node.input]
+        node.output[:] = [new(name) for name in node.output]
+        for body in bodies(node):
+            _rename(body, scopes, names)
