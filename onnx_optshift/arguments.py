@@ -48,7 +48,7 @@ COMMANDS = {
 
 exit status:
   0    done; a model with nothing to gain is written unchanged, with the reason
-  2    bad usage or bad input; nothing was written
+  2    bad usage or bad input, a crash in a native library, or killed; nothing was written
   3    outputs left the tolerance, backing off did not help; nothing was written
   130  interrupted; nothing was written""",
     ),
@@ -250,7 +250,8 @@ def _choice_options(add: Add, command: str) -> None:
         add(
             "--objective",
             metavar="|".join(OBJECTIVES),
-            help="what to make small: the weights' norm (default), or the range that a quantizer scales by",
+            help="what to make small: the weights' norm (default), the range that a quantizer scales by, or the norm "
+            "as earlier weights feel it",
         )
         add(
             "--range-scope",

@@ -55,15 +55,18 @@ def compare(
         InputError: A model or the data cannot be used.
     """
     clock = Clock()
-    a, weights, skips = open_model(original, settings)
+    a, discovered, skips = open_model(original, settings)
     b = ModelFile.load(changed)
     if b.path is None or a.path is None:
         raise InputError("verify compares two files: give the paths of both models.")
     samples = arrangement.find_calibration(a, calibration, settings)
     if samples is None:
         raise InputError("verify needs data to run both models on: give it with --calib.")
-    bench = open_workbench(a, weights, settings, progress)
-    findings = Findings(a, settings, bench.device, tuple(weights), tuple(skips), Data(samples, samples, None, False))
+    bench = open_workbench(a, discovered, settings, progress)
+    unreached = bench.drop_unstackable(samples)
+    weights = bench.weights
+    data = Data(samples, samples, None, False)
+    findings = Findings(a, settings, bench.device, weights, (*skips, *unreached), data)
     differing = [weight for weight in weights if _differs(a, b, weight)]
     candidate = Candidate({}, 0.0)
     found: dict[str, Any] | None = None
@@ -146,6 +149,6 @@ def _drift(layers: Layers, weight: Weight, changed: ModelFile) -> Solved:
 
 def _proof(bench: Workbench, changed: Path, samples: Samples, candidate: Candidate, settings: Settings) -> Verification:
     floor = noise_floor(bench, samples, candidate.arrays, settings.seed)
-    difference = bench.deviation(samples, {}, bench.session(changed))
+    difference = bench.deviation(samples, {}, lambda: bench.session(changed))
     tolerance = settings.tolerance if isinstance(settings.tolerance, float) else 0.0
     return verification(difference.results(), floor, tolerance, attempts=1, reverted=())

@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
+import shlex
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
 from onnx_optshift.arguments import DIAGNOSE, INSPECT, PROBES, SHIFT, VERIFY, parse
 from onnx_optshift.errors import InputError, OptShiftError, ToleranceError
+from onnx_optshift.isolation import INTERRUPTED, run_isolated
 
 if TYPE_CHECKING:
     from onnx_optshift.report.model import Report
     from onnx_optshift.report.progress import Progress
 
 DONE = 0
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def run() -> Never:
-    """Entry point of the installed script and of `python -m onnx_optshift`."""
-    sys.exit(main())
+    """Entry point of the installed script and of `python -m onnx_optshift`: `main` in a process of its own."""
+    _open_streams()
+    sys.exit(run_isolated(_traced if "--verbose" in sys.argv else main))
+
+
+def _open_streams() -> None:
+    """A daemon's standard streams may be closed: no file of ours must get their numbers, and what is meant for them."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
+
+
+def _traced() -> int:
+    """Native crashes show where they were, as Python errors do with --verbose."""
+    faulthandler.enable()
+    return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     verbose = "--verbose" in words
     _print_anything()
     try:
-        args = parse(words)
+        args = _parsed(words)
+        args.command_line = shlex.join(["python", "-m", "onnx_optshift", *words])
         with _quiet_libraries(args.log_level, verbose=verbose):
             _COMMANDS[args.command](args)
     except SystemExit as stop:  # -h and --version
@@ -62,9 +83,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = "" if verbose else "; run with --verbose for the traceback"
         _say(f"error: internal error: {type(error).__name__}: {text}{hint}", verbose=verbose)
         return InputError.exit_code
-    finally:
-        _write("")  # what argparse printed is still in the buffer
     return DONE
+
+
+def _parsed(words: list[str]) -> argparse.Namespace:
+    try:
+        return parse(words)
+    except SystemExit:  # -h and --version, whose text is still in the buffer
+        with _printing():
+            sys.stdout.flush()
+        raise
 
 
 def _shift(args: argparse.Namespace) -> None:
@@ -127,15 +155,17 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 
 
 def _progress(args: argparse.Namespace) -> Progress:
-    from onnx_optshift.report.progress import progress_for
+    from onnx_optshift.report.progress import Noted, progress_for
 
-    return progress_for(quiet=args.quiet, verbose=args.verbose)
+    return Noted(progress_for(quiet=args.quiet, verbose=args.verbose))
 
 
 def _publish(report: Report, args: argparse.Namespace) -> None:
     """Writes the report's files, then prints it: a reader that closes the pipe must not cost the files."""
     from onnx_optshift.report import files
 
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    report = replace(report, tool=replace(report.tool, command=args.command_line, finished=finished))
     path: Path
     for path in args.report:
         files.write(report, path)
@@ -148,27 +178,35 @@ def _publish(report: Report, args: argparse.Namespace) -> None:
     renderers = {INSPECT: terminal.render_inspect, DIAGNOSE: terminal_diagnose.render_diagnose}
     show = renderers.get(args.command, terminal.render)
     console = Console(highlight=False)
-    with console.capture() as text:
-        show(report, console, verbose=args.verbose)
-        if args.command == SHIFT and report.flatness is not None:
-            terminal_diagnose.render_flatness(report.flatness, console)
-    # Tables are padded to the full width, which only shows where the text is kept.
-    _write("\n".join(line.rstrip() for line in text.get().strip().splitlines()) + "\n")
+    with _printing():
+        with console.capture() as text:
+            show(report, console, verbose=args.verbose)
+            if args.command == SHIFT and report.flatness is not None:
+                terminal_diagnose.render_flatness(report.flatness, console)
+        # Tables are padded to the full width, which only shows where the text is kept.
+        print("\n".join(line.rstrip() for line in text.get().strip().splitlines()), flush=True)
 
 
-def _write(text: str) -> None:
-    """To standard output; a reader that has gone is no error, and the interpreter's own flush must not make it one."""
+@contextmanager
+def _printing() -> Iterator[None]:
+    """For standard output; a reader that has gone is no error, and the interpreter's own flush must not make it one.
+
+    Raises:
+        InputError: It is a file on a disk that is full.
+    """
     try:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    except BrokenPipeError:
+        yield
+    except OSError as error:
         # As the Python documentation has it (signal module, "Note on SIGPIPE").
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            reason = error.strerror or str(error)
+            raise InputError(f"standard output cannot be written: {reason}. Give --report FILE and --quiet.") from error
 
 
 def _say(message: str, *, verbose: bool) -> None:
     """One message on standard error, after the traceback where that was asked for."""
-    with suppress(BrokenPipeError):
+    with suppress(OSError):  # nobody listens
         if verbose:
             traceback.print_exc()
         print(message, file=sys.stderr, flush=True)

@@ -16,16 +16,22 @@ from numpy.typing import NDArray
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.quantize.error import output_error
-from onnx_optshift.quantize.rtn import Grid
+from onnx_optshift.quantize.rtn import MOST_BITS, Grid
 from onnx_optshift.solve.error_ball import BallPath
 from onnx_optshift.solve.objective import solve_layer
 from onnx_optshift.solve.quant_range import Granularity
 from onnx_optshift.solve.shift import Outcome, Shift
 from onnx_optshift.solve.spectrum import Spectrum, factor, relative_residual
+from onnx_optshift.solve.weighted_norm import Metric, balanced, measure
 from onnx_optshift.stats.moments import InputMoments
 
 Arrays = dict[str, NDArray[np.generic]]
 Statistics = Mapping[Tap, InputMoments]
+
+# Why the objective "curvature" takes the plain norm for a weight.
+UNSEEN = "by the plain norm, as no linear weight before it moves its input"
+NO_SLOPES = "by the plain norm, as no sample that was looked at shows how earlier weights move its input"
+NONFINITE_SLOPES = "by the plain norm, as its input becomes NaN or infinity where earlier weights move"
 
 # Half the distance from 1 to the next number: the largest relative error of rounding to the dtype.
 ROUNDING_UNIT = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}
@@ -39,11 +45,16 @@ class Solved:
         shift: How the solution came about; its matrix is dropped, `array` is what remains of it.
         array: The initializer's new content in its own dtype and shape; None when its bytes stay.
         residual: ||A(W - V)||_F / ||A V||_F of the rounded array; 0 when its bytes stay.
+        weighted: tr(WᵀMW) / tr(VᵀMV) of the rounded array, for the objective "curvature"; None where the plain norm
+            served instead.
+        note: Why another norm was made small than the one asked for; empty where it was not.
     """
 
     shift: Shift
     array: NDArray[np.generic] | None
     residual: float
+    weighted: float | None = None
+    note: str = ""
 
     @property
     def moved(self) -> bool:
@@ -109,6 +120,10 @@ class Waves(Mapping[Tap, InputMoments]):
         return len(self._number)
 
 
+# How often a layer's residual is halved before its shift is given up, where it rounds worse than the original.
+RESIDUAL_HALVINGS = 3
+
+
 class Layers:
     """All layers of a model with the statistics of their inputs.
 
@@ -122,6 +137,10 @@ class Layers:
         device: The torch device of the solvers.
         objective: Name in `solve.objective.OBJECTIVES`.
         granularity: Which weights share a scale of the quantizer, for the objective that asks.
+        grids: What the weights are going to be rounded to, for the objective "range": a shift that rounds worse than
+            the original weight is made smaller, or given up.
+        slopes: Moments of how far earlier weights move the rows of every tap, for the objective "curvature".
+        keep: Where new contents of initializers go; as they are, in memory, when not given.
     """
 
     def __init__(
@@ -133,6 +152,9 @@ class Layers:
         device: str = "cpu",
         objective: str = "norm",
         granularity: Granularity | None = None,
+        grids: Sequence[Grid] = (),
+        slopes: Statistics | None = None,
+        keep: Callable[[NDArray[np.generic]], NDArray[np.generic]] = lambda array: array,
     ) -> None:
         self.weights = {weight.name: weight for weight in weights}
         self.statistics = statistics
@@ -140,8 +162,12 @@ class Layers:
         self._device = device
         self.objective = objective
         self._granularity = granularity
+        self._grids = tuple(grids)
+        self._slopes = slopes
+        self._keep = keep
         # (the moments it was made from, the factorization): moments that were captured anew make it stale.
         self._spectra: dict[tuple[Tap, ...], tuple[InputMoments, Spectrum]] = {}
+        self._metrics: dict[tuple[Tap, ...], tuple[Spectrum, Metric | str]] = {}
 
     def matrix(self, weight: Weight) -> torch.Tensor:
         """V `[g, d, m]` of a weight, float64 on the solvers' device."""
@@ -154,12 +180,11 @@ class Layers:
 
     def moments(self, weight: Weight) -> InputMoments:
         """Moments of all rows that meet a weight: those of its uses, stacked."""
-        return reduce(lambda a, b: a.merge(b), (self.statistics[use.tap] for use in weight.uses))
+        return _stacked(self.statistics, weight)
 
     def spectrum(self, weight: Weight) -> Spectrum:
         """Factorization of the rows that meet a weight."""
-        # Uses of one weight at the same tap must count twice: the rows are stacked twice.
-        key = tuple(sorted((use.tap for use in weight.uses), key=repr))
+        key = _key(weight)
         held = self.statistics[key[0]]
         if key not in self._spectra or self._spectra[key][0] is not held:
             if isinstance(self.statistics, Waves):
@@ -167,8 +192,35 @@ class Layers:
             self._spectra[key] = (held, factor(self.moments(weight)))
         return self._spectra[key][1]
 
+    def metric(self, weight: Weight) -> Metric | str | None:
+        """The weighted norm that is made small, or why it is the plain one; None where the objective asks for none."""
+        if self._slopes is None:
+            return None
+        key, spectrum = _key(weight), self.spectrum(weight)
+        if key not in self._metrics or self._metrics[key][0] is not spectrum:
+            self._metrics = {k: v for k, v in self._metrics.items() if k in self._spectra}
+            self._metrics[key] = (spectrum, _metric(spectrum, _stacked(self._slopes, weight)))
+        return self._metrics[key][1]
+
     def solve(self, weight: Weight, tolerance: float) -> Solved:
-        """The shift of one weight at a residual tolerance, rounded once to the initializer's dtype."""
+        """The shift of one weight at a residual tolerance or below, rounded once to the initializer's dtype."""
+        solved = self._solve(weight, tolerance)
+        for _ in range(RESIDUAL_HALVINGS):
+            if solved.array is None or not self._rounds_worse(weight, solved.array, tolerance):
+                return solved
+            tolerance /= 2
+            solved = self._solve(weight, tolerance)
+        if solved.array is None or not self._rounds_worse(weight, solved.array, tolerance):
+            return solved
+        return _unmoved(Shift.unchanged(self.matrix(weight), Outcome.ROUNDS_WORSE, rank=solved.shift.rank))
+
+    def _rounds_worse(self, weight: Weight, array: NDArray[np.generic], tolerance: float) -> bool:
+        """Whether a shifted weight is farther from the original outputs than the original weight, both rounded."""
+        errors = self.quantization_errors(weight, array, self._grids)
+        fewest = min((grid.bits for grid, _, _ in errors), default=0)
+        return any(after > allowed_error(before, tolerance, grid, fewest) for grid, before, after in errors)
+
+    def _solve(self, weight: Weight, tolerance: float) -> Solved:
         moments = self.moments(weight)
         matrix = self.matrix(weight)
         if moments.nonfinite or not bool(torch.isfinite(matrix).all()):
@@ -176,14 +228,15 @@ class Layers:
             return _unmoved(Shift.unchanged(matrix, outcome))
         if moments.rows == 0:
             return _unmoved(Shift.unchanged(matrix, Outcome.NO_ROWS))
-        spectrum = self.spectrum(weight)
+        metric = self.metric(weight)
         shift = solve_layer(
-            spectrum,
+            self.spectrum(weight),
             matrix,
             objective=self.objective,
             granularity=self._granularity,
             tolerance=tolerance,
             rounding_unit=ROUNDING_UNIT[weight.dtype],
+            metric=metric if isinstance(metric, Metric) else None,
         )
         if not shift.outcome.moved:
             return _unmoved(shift)
@@ -201,7 +254,10 @@ class Layers:
             norm_after=written.norm_before,
             range_after=written.range_before,
         )
-        if self.objective == "norm" and not shift.norm_after < shift.norm_before:
+        before, metric = self.matrix(weight), self.metric(weight)
+        weighted = metric.square(rounded) / metric.square(before) if isinstance(metric, Metric) else None
+        ratio = shift.norm_after / shift.norm_before if weighted is None else weighted
+        if self.objective != "range" and not ratio < 1:
             return _unmoved(
                 replace(
                     shift,
@@ -211,13 +267,14 @@ class Layers:
                     predicted_residual=0.0,
                 )
             )
-        return Solved(shift, array, relative_residual(self.spectrum(weight), self.matrix(weight), rounded))
+        residual = relative_residual(self.spectrum(weight), before, rounded)
+        return Solved(shift, self._keep(array), residual, weighted, metric if isinstance(metric, str) else "")
 
     def quantization_errors(
         self, weight: Weight, array: NDArray[np.generic], grids: Sequence[Grid]
     ) -> list[tuple[Grid, float, float]]:
         """(grid, error before, error after) of a weight under round-to-nearest, relative to the original's outputs."""
-        if self.moments(weight).nonfinite or self.moments(weight).rows == 0:
+        if not grids or self.moments(weight).nonfinite or self.moments(weight).rows == 0:
             return []
         spectrum, matrix, shifted = self.spectrum(weight), self.matrix(weight), self.as_matrix(weight, array)
         return [
@@ -233,6 +290,20 @@ class Layers:
         path = BallPath(self.spectrum(weight), self.matrix(weight), ROUNDING_UNIT[weight.dtype])
         return path.frontier(tolerances)
 
+    def singular_values(self, weight: Weight, points: int) -> tuple[float, ...]:
+        """Singular values of the rows, as shares of the largest, at most `points` of d; root mean square over groups.
+
+        Empty without rows; 0 for directions that no row points to.
+        """
+        moments = self.moments(weight)
+        if moments.nonfinite or moments.rows == 0:
+            return ()
+        values = self.spectrum(weight).eigenvalues.mean(0).clamp_min(0).sqrt().cpu()
+        values = torch.nn.functional.pad(values, (0, weight.d - len(values)))
+        places = np.unique(np.linspace(0, weight.d - 1, min(points, weight.d)).round().astype(int))
+        largest = float(values[0]) or 1.0
+        return tuple(float(values[place]) / largest for place in places)
+
     def rounded(self, weight: Weight, matrix: torch.Tensor) -> NDArray[np.generic]:
         """A matrix `[g, d, m]` as the initializer's content: its shape, its dtype, rounded to nearest once."""
         original = self._content(weight.name)
@@ -244,8 +315,42 @@ class Layers:
         return Candidate({name: self.solve(self.weights[name], tolerance) for name in chosen}, tolerance)
 
 
+def allowed_error(before: float, granted: float, grid: Grid, fewest: int) -> float:
+    """The relative error that quantized outputs may have after a shift.
+
+    No more than before. Only where 8 bits are looked at beside fewer, a deviation that was asked for is not held
+    against a shift: 8 bits round so finely that any deviation shows, and the run is for the fewer bits.
+
+    Args:
+        before: The error of the original weights, quantized.
+        granted: Relative deviation that the outputs may show.
+        grid: What is rounded to.
+        fewest: Bits of the coarsest grid.
+    """
+    return before if grid.bits == fewest or grid.bits < MOST_BITS else before + granted
+
+
 def _unmoved(shift: Shift) -> Solved:
     return Solved(replace(shift, matrix=shift.matrix.new_empty(0)), None, 0.0)
+
+
+def _metric(spectrum: Spectrum, slopes: InputMoments) -> Metric | str:
+    if slopes.nonfinite:
+        return NONFINITE_SLOPES
+    if slopes.rows == 0:
+        return NO_SLOPES
+    curvature = slopes.gram()
+    return measure(spectrum, balanced(curvature)) if bool(curvature.any()) else UNSEEN
+
+
+def _stacked(statistics: Statistics, weight: Weight) -> InputMoments:
+    """Moments of all uses of a weight, as one."""
+    return reduce(lambda a, b: a.merge(b), (statistics[use.tap] for use in weight.uses))
+
+
+def _key(weight: Weight) -> tuple[Tap, ...]:
+    """What tells apart the rows of weights. Uses at the same tap must count twice: the rows are stacked twice."""
+    return tuple(sorted((use.tap for use in weight.uses), key=repr))
 
 
 def merged(*parts: Statistics) -> dict[Tap, InputMoments]:

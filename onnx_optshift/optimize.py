@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,16 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_optshift import data as arrangement
+from onnx_optshift import journal
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.data import Data
 from onnx_optshift.decide import choose
 from onnx_optshift.decide.gate import Gate
 from onnx_optshift.decide.quantized import Quantizer
+from onnx_optshift.diagnose.feature_curvature import feature_curvature
 from onnx_optshift.diagnose.flatness import MOST_FLATNESS_SAMPLES, flatness, thinned
 from onnx_optshift.diagnose.landscape import loss_of
 from onnx_optshift.errors import InputError
 from onnx_optshift.graph.atomic import check_target
-from onnx_optshift.layers import Candidate, Layers, merged
+from onnx_optshift.graph.weights import Skip
+from onnx_optshift.layers import Candidate, Layers, Statistics, merged
 from onnx_optshift.publish import copy_model, write_and_prove
 from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.report.model import Report
@@ -120,23 +123,27 @@ def run(
     clock = Clock()
     if out is not None and not settings.dry_run:
         check_target(Path(out))  # before the work, not after it
-    source, weights, skips = open_model(model, settings)
+    source, found, skips = open_model(model, settings)
     with ExitStack() as stack:
         target = out
         if out is None or settings.dry_run:
             folder = Path(tempfile.mkdtemp(prefix="onnx-optshift-"))
+            journal.unfinished(folder)
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
             target = folder / (source.path.name if source.path else "model.onnx")
         assert target is not None
-        bench = open_workbench(source, weights, settings, progress)
-        prepared = _prepare(bench, calibration, heldout, settings)
-        findings = Findings(source, settings, bench.device, tuple(weights), tuple(skips), prepared)
+        bench = open_workbench(source, found, settings, progress)
+        prepared, unreached = _prepare(bench, calibration, heldout, settings)
+        weights = bench.weights
+        findings = Findings(source, settings, bench.device, weights, (*skips, *unreached), prepared)
         if weights and prepared is not None:
             with clock("capture"):
-                full, fit = _capture(bench, prepared, settings)
+                bench.plan(prepared.calibration, parts=1 + prepared.split, metric=settings.objective == "curvature")
+                layers_of = _layers(bench, prepared.fit, settings)
+                full, fit = _capture(bench, prepared, layers_of)
             with clock("solve"):
                 gate = _gate(bench, prepared, settings)
-                decision = _decide(bench, full, fit, gate, prepared, settings)
+                decision = _decide(bench, full, fit, layers_of, gate, prepared, settings)
             findings = replace(findings, layers=full, decision=decision, gate=gate, grids=_grids(settings))
         with clock("verify"):
             proved = write_and_prove(
@@ -177,15 +184,17 @@ def inspect(
         InputError: The model, the data or a setting cannot be used.
     """
     clock = Clock()
-    source, weights, skips = open_model(model, settings)
-    bench = open_workbench(source, weights, settings, progress)
+    source, found, skips = open_model(model, settings)
+    bench = open_workbench(source, found, settings, progress)
     samples = arrangement.find_calibration(source, calibration, settings)
-    findings = Findings(source, settings, bench.device, tuple(weights), tuple(skips), None)
+    unreached = () if samples is None else bench.drop_unstackable(samples)
+    weights = bench.weights
+    findings = Findings(source, settings, bench.device, weights, (*skips, *unreached), None)
     if samples is not None and weights:
         findings = replace(findings, data=Data(samples, samples, None, False))
         with clock("capture"):
-            bench.plan(samples)
-            full = _layers(bench, bench.collect(samples), settings)
+            bench.plan(samples, metric=settings.objective == "curvature")
+            full = _layers(bench, samples, settings)(bench.collect(samples))
         with clock("solve"):
             decision = choose.exact(full, full, None, samples)
         findings = replace(findings, layers=full, decision=decision)
@@ -194,40 +203,46 @@ def inspect(
 
 def _prepare(
     bench: Workbench, calibration: Sequence[object] | None, heldout: Sequence[object] | None, settings: Settings
-) -> Data | None:
-    """The data of the run; None when there is no weight to need any and none was given."""
+) -> tuple[Data | None, tuple[Skip, ...]]:
+    """The data of the run, None when there is no weight to need any and none was given; and what it cannot reach."""
     samples = arrangement.find_calibration(bench.model, calibration, settings)
     if samples is None:
         if not bench.weights or not bench.model.inputs:
-            return None
+            return None, ()
         one = arrangement.synthetic_calibration(bench.model, 1, settings)
+        unreached = bench.drop_unstackable(one)
         rows = bench.rows_per_sample(one)
         needed = max(-(-SYNTHETIC_ROWS_PER_WIDTH * tap.width // rows[tap]) for tap in bench.taps)
         samples = arrangement.synthetic_calibration(bench.model, max(FEWEST_SYNTHETIC, needed), settings)
-    return arrangement.arrange(bench.model, samples, heldout, settings)
+    else:
+        unreached = bench.drop_unstackable(samples)
+    return arrangement.arrange(bench.model, samples, heldout, settings), unreached
 
 
-def _capture(bench: Workbench, prepared: Data, settings: Settings) -> tuple[Layers, Layers]:
+def _capture(bench: Workbench, prepared: Data, layers_of: Callable[[Statistics], Layers]) -> tuple[Layers, Layers]:
     """Layers of all calibration data, and of the part that settings are tried on (the same when none was split off)."""
-    bench.plan(prepared.calibration, parts=2 if prepared.split else 1)
     if not prepared.split or prepared.judge is None:
-        layers = _layers(bench, bench.collect(prepared.calibration), settings)
+        layers = layers_of(bench.collect(prepared.calibration))
         return layers, layers
     fit = bench.collect(prepared.fit)
     if bench.waves > 1:  # each captures its own, wave by wave
-        return _layers(bench, bench.collect(prepared.calibration), settings), _layers(bench, fit, settings)
-    full = merged(fit, bench.collect(prepared.judge))
-    return _layers(bench, full, settings), _layers(bench, fit, settings)
+        return layers_of(bench.collect(prepared.calibration)), layers_of(fit)
+    return layers_of(merged(fit, bench.collect(prepared.judge))), layers_of(fit)
 
 
-def _layers(bench: Workbench, statistics: Any, settings: Settings) -> Layers:
-    return Layers(
+def _layers(bench: Workbench, samples: Samples, settings: Settings) -> Callable[[Statistics], Layers]:
+    """Makes layers of statistics; whatever these cover, the norm is measured once, on the samples given here."""
+    slopes = feature_curvature(bench, samples, seed=settings.seed) if settings.objective == "curvature" else None
+    return lambda statistics: Layers(
         bench.weights,
         statistics,
         bench.model.initializer,
         device=bench.device.solve,
         objective=settings.objective,
         granularity=_granularity(settings),
+        grids=_judging_grids(settings),
+        slopes=slopes,
+        keep=bench.keep,
     )
 
 
@@ -243,23 +258,34 @@ def _grids(settings: Settings) -> tuple[Grid, ...]:
     return tuple(Grid(bits, scope, settings.range_block) for bits in settings.quantization_bits)
 
 
+def _judging_grids(settings: Settings) -> tuple[Grid, ...]:
+    """The grids that decide what is taken: only where it is a quantizer that the shift is for."""
+    if settings.objective != "range":
+        return ()
+    return _grids(settings) or _grids(replace(settings, quantization_bits=(DEFAULT_BITS,)))
+
+
 def _gate(bench: Workbench, prepared: Data, settings: Settings) -> Gate | None:
     if prepared.judge is None:
         return None
-    quantizer = None
-    if settings.objective == "range":
-        grids = _grids(settings) or _grids(replace(settings, quantization_bits=(DEFAULT_BITS,)))
-        quantizer = Quantizer(bench, grids)
+    grids = _judging_grids(settings)
+    quantizer = Quantizer(bench, grids) if grids else None
     return Gate(bench, prepared.judge, settings.tolerance if isinstance(settings.tolerance, float) else 0.0, quantizer)
 
 
 def _decide(
-    bench: Workbench, full: Layers, fit: Layers, gate: Gate | None, prepared: Data, settings: Settings
+    bench: Workbench,
+    full: Layers,
+    fit: Layers,
+    layers_of: Callable[[Statistics], Layers],
+    gate: Gate | None,
+    prepared: Data,
+    settings: Settings,
 ) -> choose.Decision:
     if settings.stochastic is not None:
 
         def layers_for(batch: Samples) -> Layers:
-            return _layers(bench, bench.collect(batch, "capture a draw"), settings)
+            return layers_of(bench.collect(batch, "capture a draw"))
 
         samples = prepared.fit
         classes = _classes(bench, samples)

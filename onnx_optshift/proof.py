@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +35,7 @@ NOISE_SAMPLES = 256
 OTHER_BATCH_SAMPLES = 16
 # A model whose own runs differ by more than this is random or chaotic: equality cannot be shown.
 MOST_NOISE = 0.05
+_CHUNK = 1 << 22  # entries of a weight that are in float64 at the same time
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ def noise_floor(bench: Workbench, samples: Samples, arrays: Mapping[str, NDArray
     """
     part = samples.select(np.arange(min(NOISE_SAMPLES, len(samples))))
     runs = {
-        "graph optimizations off": bench.deviation(part, {}, bench.session(optimize=False)).results(),
-        "one thread": bench.deviation(part, {}, bench.session(threads=1)).results(),
+        "graph optimizations off": bench.deviation(part, {}, partial(bench.session, optimize=False)).results(),
+        "one thread": bench.deviation(part, {}, partial(bench.session, threads=1)).results(),
     }
     rounding = bench.deviation(part, _one_ulp_away(bench, arrays, seed)).results() if arrays else {}
     names = list(runs["one thread"])
@@ -160,8 +162,13 @@ def _one_ulp_away(
     moved = {}
     for name in arrays:
         original = bench.model.initializer(name)
-        sign = generator.integers(0, 2, original.shape) * 2.0 - 1.0
-        moved[name] = (original.astype(np.float64) * (1 + 2 * units[name] * sign)).astype(original.dtype)
+        result = np.empty_like(original, subok=False)
+        before, after = original.reshape(-1), result.reshape(-1)
+        for start in range(0, before.size, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            sign = generator.integers(0, 2, before[part].shape) * 2.0 - 1.0
+            after[part] = before[part].astype(np.float64) * (1 + 2 * units[name] * sign)
+        moved[name] = bench.keep(result)
     return moved
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from onnx_optshift.decide.choose import Decision
@@ -76,7 +77,7 @@ def write_and_prove(
         written = write_beside(bench.model, arrays, out, save_as_external=external)
         try:
             unchanged_outside(bench.model, written.temp_path, arrays)
-            difference = bench.deviation(decision.covered, {}, bench.session(written.temp_path))
+            difference = bench.deviation(decision.covered, {}, partial(bench.session, written.temp_path))
             proof = verification(difference.results(), floor, decision.tolerance, attempts=attempt, reverted=reverted)
             sha256 = _sha256(written.temp_path)
             identical = sha256 == bench.model.sha256

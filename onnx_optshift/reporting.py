@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from onnx_optshift import journal
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.capture.session import Device, versions
 from onnx_optshift.data import Data
@@ -38,6 +39,8 @@ from onnx_optshift.report.model import (
 from onnx_optshift.settings import Settings
 from onnx_optshift.solve.shift import Outcome as ShiftOutcome
 
+# Places along a layer's spectrum that the report shows.
+SPECTRUM_POINTS = 33
 # The tolerances of the frontier: one factorization gives the norm and range at each.
 FRONTIER = (0.0, 0.003, 0.01, 0.03, 0.1, 0.2)
 
@@ -54,7 +57,8 @@ class Clock:
         """Adds the time inside the block to a stage."""
         start = time.perf_counter()
         try:
-            yield
+            with journal.stage(stage):
+                yield
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
@@ -152,7 +156,7 @@ def build_report(findings: Findings, outcome: Outcome | None, clock: Clock, out:
         timing=clock.timing(),
         peak_memory_bytes=peak_memory(),
         warnings=data.warnings if data else (),
-        decisions=findings.decision.notes if findings.decision else (),
+        decisions=(*findings.decision.notes, *_weighed(candidate)) if findings.decision else (),
         summary=_summary(findings, outcome, layers),
     )
 
@@ -212,7 +216,9 @@ def _layer(weight: Weight, findings: Findings, outcome: Outcome | None, candidat
         range_after=shift.range_after if moved or outcome is None else shift.range_before,
         predicted_residual=shift.predicted_residual if moved else 0.0,
         measured_residual=solved.residual if moved else 0.0,
+        curvature_ratio=solved.weighted if moved else None,
         frontier=tuple(FrontierPoint(*point) for point in layers.frontier(weight, FRONTIER)),
+        spectrum=layers.singular_values(weight, SPECTRUM_POINTS),
         seconds=time.perf_counter() - start,
     )
 
@@ -221,14 +227,30 @@ def _status(name: str, solved: Solved, moved: bool, findings: Findings, outcome:
     if outcome is None and solved.moved:
         return "unchanged", "inspection: this layer could be shifted"
     if moved:
-        return "shifted", solved.shift.outcome.value
+        return "shifted", _reason(solved)
     if outcome is not None and name in outcome.reverted:
         return "rejected", "put back: the outputs left the tolerance"
     assert findings.decision is not None
     if name in findings.decision.rejected:
         return "rejected", findings.decision.rejected[name]
     broken = solved.shift.outcome in {ShiftOutcome.NONFINITE_ROWS, ShiftOutcome.NONFINITE_WEIGHT}
-    return ("skipped" if broken else "unchanged"), solved.shift.outcome.value
+    return ("skipped" if broken else "unchanged"), _reason(solved)
+
+
+def _reason(solved: Solved) -> str:
+    outcome = solved.shift.outcome.value
+    return f"{outcome} {solved.note}" if solved.note else outcome
+
+
+def _weighed(candidate: Candidate | None) -> tuple[str, ...]:
+    """What the objective "curvature" made small, in a sentence; none for other objectives."""
+    ratios = (
+        [solved.weighted for solved in candidate.solved.values() if solved.weighted is not None] if candidate else []
+    )
+    if not ratios:
+        return ()
+    mean = sum(ratios) / len(ratios)
+    return (f"curvature: tr(WᵀMW) {mean:.3g} of the original's, mean over {len(ratios)} weights",)
 
 
 def _quantization(findings: Findings, candidate: Candidate | None) -> tuple[dict[str, Any], ...] | None:
@@ -286,10 +308,10 @@ def _summary(findings: Findings, outcome: Outcome | None, layers: list[LayerRepo
     if not candidates:
         return "Nothing to do: the model has no linear layer that can be shifted. It was written unchanged."
     if not shifted:
-        rejected = [layer for layer in candidates if layer.status == "rejected"]
-        why = (
-            "the held-out gate refused every shift" if rejected else "every layer's equation has only one solution left"
-        )
+        refused = [trial for trial in findings.gate.tried if not trial.accepted] if findings.gate else []
+        why = "every layer's equation has only one solution left"
+        if refused:
+            why = f"the held-out gate refused every shift ({refused[-1].reason})"
         return f"Nothing to gain: {why}. The model was written unchanged."
     where = ""
     if findings.decision is not None and findings.data is not None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from onnx_optshift.errors import InputError, closest
 
-OBJECTIVES = ("norm", "range")
+OBJECTIVES = ("norm", "range", "curvature")
 RANGE_SCOPES = ("channel", "tensor")
 MOST_BITS = 8
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -26,7 +26,8 @@ class Settings:
             data. 0, the default, is exact: equal up to the runtime's own noise, because a pass that changes outputs
             must be asked for. `"auto"` takes the largest that held-out data accepts.
         objective: What is made small: `"norm"`, the default, the Frobenius norm; `"range"` the largest absolute
-            weight of each output channel, which is what a quantizer scales by.
+            weight of each output channel, which is what a quantizer scales by; `"curvature"` the Frobenius norm
+            weighed by how far earlier weights move the layer's input.
         stochastic: None, the default, solves on all calibration rows. A number B solves exactly on a class-balanced
             batch of B samples instead; 0 lets held-out data choose B.
         nodes_to_include: Names, globs or `re:` patterns of nodes or initializers; empty, the default, takes all.

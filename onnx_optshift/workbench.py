@@ -1,12 +1,14 @@
 """One model on one device, ready for experiments: capture statistics, run trial weights, compare with the original.
 
-Trials never touch a file: one session has the weights as overridable inputs, and each trial feeds its own.
+Trials never touch a file: one session has the weights as overridable inputs, and each trial feeds its own. A model with
+gigabytes of external data has one session open at a time; its weights, old and new, stay in files that are mapped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import ctypes
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from onnx_optshift.calibration.source import Batch, Samples
+from onnx_optshift.capture.mapped import MappedStore
 from onnx_optshift.capture.session import Device, Session, resolve_device
 from onnx_optshift.capture.stream import stream
 from onnx_optshift.errors import InputError
@@ -24,8 +27,10 @@ from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.probes import probe_model
 from onnx_optshift.graph.selection import Selection
+from onnx_optshift.graph.tensors import all_tensors, is_external, raw_size
 from onnx_optshift.graph.weights import Skip, Weight
 from onnx_optshift.layers import Arrays, Statistics, Waves
+from onnx_optshift.memory import DEFAULT_BATCH_SIZE, KEPT_OUTPUT_BYTES, Costs, MemoryPlan, make_plan
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.settings import Settings
 from onnx_optshift.stats.moments import InputMoments
@@ -37,42 +42,10 @@ if TYPE_CHECKING:
 
 Outputs = dict[str, NDArray[Any]]
 
-# Large enough to keep matrix products efficient, small enough that one batch of activations stays modest.
-DEFAULT_BATCH_SIZE = 32
+# External data from this size on is never copied: one session at a time maps it, without packed copies of its own.
+LARGE_MODEL = 2**30
 # Rows that are in float64 at the same time where two captures are multiplied.
 ROWS_AT_ONCE = 8192
-# Outputs of the original model are kept up to this size, and computed again on each pass beyond it.
-KEPT_OUTPUT_BYTES = 512 * 2**20
-# Share of the memory that is free at the start which a run may take when --max-memory does not say.
-FREE_MEMORY_SHARE = 0.8
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Predicted peak memory, in bytes, and the batch size that keeps it.
-
-    Attributes:
-        batch_size: Samples per run of the model.
-        model: The model as parsed and serialized, and in two sessions (original and trial).
-        activations: One batch of tapped activations, and as much again inside ONNX Runtime.
-        statistics: Moments of every tap and their factorizations.
-        solve: The largest layer's working set.
-        budget: What the sum must not exceed.
-        waves: Parts of the model's layers that are captured and solved one after the other; 1 where all fit at once.
-    """
-
-    batch_size: int
-    model: int
-    activations: int
-    statistics: int
-    solve: int
-    budget: int
-    waves: int
-
-    @property
-    def predicted(self) -> int:
-        """Predicted peak in bytes, on top of the interpreter and its libraries."""
-        return self.model + self.activations + self.statistics + self.solve
 
 
 class Workbench:
@@ -105,39 +78,72 @@ class Workbench:
         self.progress = progress
         self.batch_size = batch_size or DEFAULT_BATCH_SIZE
         self._asked_batch_size = batch_size
-        self._budget = max_memory if max_memory is not None else int(FREE_MEMORY_SHARE * _free_memory())
+        self._max_memory = max_memory
         self._custom_op_library = custom_op_library
         self._waves: tuple[tuple[Tap, ...], ...] = ()
         self._kept: dict[str, list[tuple[Batch, Outputs]]] = {}
+        self._sessions: dict[str, Session] = {}
+        self._store = MappedStore()
+
+    @cached_property
+    def external(self) -> int:
+        """Bytes of the model's external data."""
+        return sum(raw_size(tensor) for tensor in all_tensors(self.model.proto) if is_external(tensor))
+
+    @property
+    def large(self) -> bool:
+        """Whether the weights stay in their file: opening a session takes no time then, and only one is open."""
+        return self.external >= LARGE_MODEL
 
     def session(self, model: bytes | Path | None = None, **options: Any) -> Session:
         """A session on the original, on another file, or on bytes whose external data is the original's."""
+        if self.large:
+            self._sessions.clear()
+            options = {"prepack": False, **options}
         if model is None:
             model = self.model.path or probe_model(self.model, ())
         folder = self.model.folder if isinstance(model, bytes) else None
         return Session(model, self.device, folder=folder, custom_op_library=self._custom_op_library, **options)
 
-    @cached_property
+    @property
     def original(self) -> Session:
         """The original model, as a user runs it."""
-        return self.session()
+        if "original" not in self._sessions:
+            self._sessions["original"] = self.session()
+        return self._sessions["original"]
 
-    @cached_property
+    @property
     def trial(self) -> Session:
         """The original model with the weights as overridable inputs."""
-        return self.session(probe_model(self.model, (), [weight.name for weight in self.weights]))
+        if "trial" not in self._sessions:
+            names = [weight.name for weight in self.weights]
+            self._sessions["trial"] = self.session(probe_model(self.model, (), names))
+        return self._sessions["trial"]
+
+    def keep(self, array: NDArray[Any]) -> NDArray[Any]:
+        """An array of the size of weights or outputs, to be held for long: in a file where the model is large."""
+        return self._store.keep(array) if self.large else array
+
+    def _rest(self) -> None:
+        """Between passes nothing of a large model is held in memory."""
+        if self.large:
+            self._sessions.clear()
+            self._store.let_go()
+            with suppress(OSError, AttributeError):  # glibc keeps what was freed, for the next time
+                ctypes.CDLL(None).malloc_trim(0)
 
     @property
     def taps(self) -> tuple[Tap, ...]:
         """Distinct inputs of all weights."""
         return tuple(dict.fromkeys(use.tap for weight in self.weights for use in weight.uses))
 
-    def plan(self, samples: Samples, *, parts: int = 1) -> MemoryPlan:
+    def plan(self, samples: Samples, *, parts: int = 1, metric: bool = False) -> MemoryPlan:
         """Predicts peak memory from one real run of the first sample, and fixes the batch size.
 
         Args:
             samples: Calibration data.
             parts: How many disjoint parts of the data get statistics of their own.
+            metric: Whether every input is to be weighed by a d x d matrix of its own.
 
         Returns:
             The plan; `batch_size` of this workbench follows it.
@@ -145,40 +151,65 @@ class Workbench:
         Raises:
             InputError: Even one sample at a time would not fit.
         """
-        sizes, rows = self._measure(samples)
-        # Inline weights exist as the parsed file, its serialized probe and in two sessions; external ones only there.
-        model = 2 * self.model.size + 2 * self.model.proto.ByteSize()
-        # Rows that are fewer than d are factored themselves: no d x d matrix then.
-        lengths = {w.name: min(w.d, len(samples) * sum(rows[use.tap] for use in w.uses)) for w in self.weights}
-        solve = max((8 * w.groups * w.d * (3 * lengths[w.name] + 4 * w.m) for w in self.weights), default=0)
-
-        def held(taps: Iterable[Tap]) -> int:
-            # A factorization is as large as the moments it is made from.
-            moments = sum(8 * tap.groups * tap.width * min(tap.width, rows[tap] * len(samples)) for tap in taps)
-            return 2 * parts * moments
-
-        def running(taps: Iterable[Tap]) -> int:
-            return 2 * sum(sizes[value] for value in {tap.value for tap in taps})
-
-        asked = self._asked_batch_size
-        room = self._budget - model - solve
-        waves = _waves(self.weights, lambda taps: held(taps) + running(taps) * (asked or 1), room)
-        statistics = max((held(wave) for wave in waves), default=0)
-        per_sample = max((running(wave) for wave in waves), default=0)
-        batch_size = asked or DEFAULT_BATCH_SIZE
-        if asked is None and per_sample > 0:
-            batch_size = max(1, min(batch_size, (room - statistics) // per_sample))
-        plan = MemoryPlan(batch_size, model, per_sample * batch_size, statistics, solve, self._budget, len(waves))
-        if plan.predicted > plan.budget:
-            raise InputError(
-                f"memory: predicted peak {_size(plan.predicted)} (model {_size(plan.model)}, activations "
-                f"{_size(plan.activations)}, statistics {_size(plan.statistics)}, solver {_size(plan.solve)}) exceeds "
-                f"{_size(plan.budget)}, one layer at a time. Raise --max-memory, lower --batch-size, or leave the "
-                "widest layers out with --nodes-to-exclude."
-            )
-        self.batch_size = batch_size
-        self._waves = waves
+        values, rows = self._measure(samples)
+        costs = Costs(
+            external=self.external,
+            inline=self.model.size - self.external,
+            values=values,
+            outputs=self._output_bytes(samples),
+            rows=rows,
+            samples=len(samples),
+            parts=parts,
+            metric=metric,
+            apart=self.large,
+        )
+        plan, self._waves = make_plan(costs, self.weights, self._asked_batch_size, self._max_memory)
+        self.batch_size = plan.batch_size
         return plan
+
+    def _output_bytes(self, samples: Samples) -> int:
+        """Bytes of the outputs for the first sample."""
+        (batch,) = samples.select(np.arange(1)).batches(1)
+        outputs = self.original.run(batch.feeds)
+        self._rest()
+        return sum(value.nbytes for value in outputs.values()) // (len(batch.indices) + batch.padding)
+
+    def drop_unstackable(self, samples: Samples) -> tuple[Skip, ...]:
+        """Leaves out weights whose input, inside a Loop or Scan, cannot be stacked over the iterations.
+
+        Args:
+            samples: Calibration data, of which the first sample is tried.
+
+        Returns:
+            What was left out, with the reason.
+        """
+        looped = [w for w in self.weights if any(use.tap.inside and use.tap.inside.loops for use in w.uses)]
+        skips: list[Skip] = []
+        if not looped or self._captures(looped, samples):
+            return ()
+        for weight in looped:
+            if not self._captures([weight], samples):
+                use = weight.uses[0]
+                reason = (
+                    "its input inside a Loop or Scan cannot be stacked over the iterations: "
+                    "its shape changes in between, or is not known to ONNX Runtime"
+                )
+                skips.append(Skip(weight.name, use.node, use.op_type, reason))
+        left = {skip.weight for skip in skips}
+        self.weights = tuple(weight for weight in self.weights if weight.name not in left)
+        return tuple(skips)
+
+    def _captures(self, weights: Sequence[Weight], samples: Samples) -> bool:
+        """Whether the inputs of these weights can be captured; the original model must run."""
+        taps = tuple(dict.fromkeys(use.tap for weight in weights for use in weight.uses))
+        first = samples.select(np.arange(1))
+        for batch in first.batches(1):
+            self.original.run(batch.feeds)
+        try:
+            stream(self.capture_session(taps), taps, first.batches(1), lambda *_: None)
+        except InputError:
+            return False
+        return True
 
     def rows_per_sample(self, samples: Samples) -> dict[Tap, int]:
         """Rows that one sample gives each tap, from a real run of the first sample."""
@@ -202,9 +233,11 @@ class Workbench:
 
     def collect(self, samples: Samples, stage: str = "capture") -> Statistics:
         """Moments of every tap over these samples: in one streaming pass, or a pass for each wave of the plan."""
-        if len(self._waves) <= 1:
-            return self._collect(self.taps, samples, stage)
-        return Waves(self._waves, lambda taps: self._collect(taps, samples, stage))
+        return self.in_waves(lambda taps: self._collect(taps, samples, stage))
+
+    def in_waves(self, measure: Callable[[Sequence[Tap]], Mapping[Tap, InputMoments]]) -> Statistics:
+        """What a measurement gives for every tap: at once, or for each wave of the plan when it is asked for."""
+        return measure(self.taps) if len(self._waves) <= 1 else Waves(self._waves, measure)
 
     def _collect(self, taps: Sequence[Tap], samples: Samples, stage: str) -> dict[Tap, InputMoments]:
         statistics = {tap: InputMoments(tap.groups, tap.width, self.device.solve) for tap in taps}
@@ -215,6 +248,8 @@ class Workbench:
         session = self.capture_session(taps)
         with self.progress.stage(stage, len(samples)) as advance:
             stream(session, taps, samples.batches(self.batch_size), sink, done=advance)
+        del session  # before what it has freed is given back
+        self._rest()
         return statistics
 
     @property
@@ -239,7 +274,7 @@ class Workbench:
         cross = torch.zeros(weight.groups, weight.d, weight.d, dtype=torch.float64, device=self.device.solve)
         before: dict[Tap, torch.Tensor] = {}
         names = [w.name for w in self.weights]
-        session = self.session(probe_model(self.model, list(dict.fromkeys(tap.value for tap in taps)), names))
+        session = self.session(probe_model(self.model, taps, names))
 
         def keep(tap: Tap, _: Batch, activation: torch.Tensor) -> None:
             before[tap] = to_rows(activation, tap).clone()
@@ -261,13 +296,16 @@ class Workbench:
     def reference(self, samples: Samples) -> Iterator[tuple[Batch, Outputs]]:
         """The original model's outputs, batch by batch; kept for the next time while they fit."""
         kept = self._kept.get(samples.fingerprint)
+        if kept is None and self.large and self._room_for_outputs(samples):
+            # All of them first: what the caller runs on each batch needs a session of its own.
+            kept = self._kept[samples.fingerprint] = list(self._reference(samples))
+            self._rest()
         if kept is not None:
             yield from kept
             return
         keep: list[tuple[Batch, Outputs]] | None = []
         held = 0
-        for batch in samples.batches(self.batch_size):
-            outputs = self.original.run(batch.feeds)
+        for batch, outputs in self._reference(samples):
             held += sum(value.nbytes for value in outputs.values())
             held += sum(value.nbytes for value in batch.feeds.values())
             if keep is not None:
@@ -278,47 +316,47 @@ class Workbench:
         if keep is not None:
             self._kept[samples.fingerprint] = keep
 
+    def _room_for_outputs(self, samples: Samples) -> bool:
+        """Whether the original's outputs on all samples leave half of the disk's free space."""
+        return 2 * len(samples) * self._output_bytes(samples) < self._store.free_space()
+
+    def _reference(self, samples: Samples) -> Iterator[tuple[Batch, Outputs]]:
+        for batch in samples.batches(self.batch_size):
+            outputs = self.original.run(batch.feeds)
+            yield batch, {name: self.keep(value) for name, value in outputs.items()}
+
     def deviation(
-        self, samples: Samples, arrays: Mapping[str, NDArray[np.generic]], session: Session | None = None
+        self,
+        samples: Samples,
+        arrays: Mapping[str, NDArray[np.generic]],
+        other: Callable[[], Session] | None = None,
     ) -> OutputsDifference:
         """How far outputs with these weights are from the original's.
 
         Args:
             samples: The data.
             arrays: Trial weights by initializer name.
-            session: Runs another session without trial weights instead: a written file, or a noise run.
+            other: Opens another session to run instead of trial weights: a written file, or a noise run.
         """
         difference = OutputsDifference()
+        session: Session | None = None
         for batch, reference in self.reference(samples):
+            if other is not None and session is None:
+                session = other()  # not before the reference is there: it may need the place
             outputs = self.trial.run({**batch.feeds, **arrays}) if session is None else session.run(batch.feeds)
             difference.update(outputs, reference, len(batch.indices) + batch.padding)
+        self._rest()
         return difference
 
     def trial_outputs(self, samples: Samples, arrays: Arrays) -> Iterator[tuple[Batch, Outputs, Outputs]]:
         """Batches with the outputs of trial weights and the original's; without weights, the original's twice."""
         for batch, reference in self.reference(samples):
             yield batch, (self.trial.run({**batch.feeds, **arrays}) if arrays else reference), reference
+        self._rest()
 
     def capture_session(self, taps: Sequence[Tap]) -> Session:
         """The original model with these taps' values as outputs."""
-        return self.session(probe_model(self.model, list(dict.fromkeys(tap.value for tap in taps))))
-
-
-def _waves(weights: Sequence[Weight], cost: Callable[[Iterable[Tap]], int], room: int) -> tuple[tuple[Tap, ...], ...]:
-    """Taps in graph order, cut into runs that fit; all taps of a weight stay together."""
-    waves: list[dict[Tap, None]] = []
-    for weight in weights:
-        taps = dict.fromkeys(use.tap for use in weight.uses)
-        # A tied weight's taps may lie in several waves already: those become one.
-        joined = [wave for wave in waves if wave.keys() & taps.keys()]
-        if joined:
-            together = {tap: None for wave in joined for tap in wave} | taps
-            waves = [wave for wave in waves if wave not in joined] + [together]
-        elif waves and cost(waves[-1] | taps) <= room:
-            waves[-1] |= taps
-        else:
-            waves.append(taps)
-    return tuple(tuple(wave) for wave in waves)
+        return self.session(probe_model(self.model, taps))
 
 
 def open_model(source: str | Path | onnx.ModelProto, settings: Settings) -> tuple[ModelFile, list[Weight], list[Skip]]:
@@ -350,16 +388,3 @@ def open_workbench(
         custom_op_library=settings.custom_op_library,
         progress=progress,
     )
-
-
-def _free_memory() -> int:
-    """Bytes of memory that can be had now; unlimited where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return 2**62
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

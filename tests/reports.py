@@ -42,6 +42,7 @@ def layer(**changes):
         "predicted_residual": 0.0,
         "measured_residual": 2.125e-8,
         "frontier": (FrontierPoint(0.0, 0.75, 0.8), FrontierPoint(0.1, 0.5, 0.6)),
+        "spectrum": (1.0, 0.5, 1e-3, 1e-9, 0.0),
         "seconds": 0.5,
         "dtype": "float32",
         "uses": ("/fc1/Gemm",),

@@ -4,10 +4,12 @@ import itertools
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import types
 import warnings
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -238,7 +240,15 @@ def test_errors_are_one_message_with_a_status(called, capsys, error, status, mes
 def test_reports_are_written_and_the_page_printed(called, tmp_path, capsys):
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     assert cli.main([*FILES, "--report", str(paths[0]), "--report", str(paths[1])]) == 0
-    assert json.loads(paths[0].read_text()) == json.loads(paths[1].read_text()) == called.report.to_dict()
+    saved = json.loads(paths[0].read_text())
+    assert json.loads(paths[1].read_text()) == saved
+    tool = saved.pop("tool")
+    assert shlex.split(tool.pop("command"))[:3] == ["python", "-m", "onnx_optshift"]
+    assert datetime.fromisoformat(tool.pop("finished")).utcoffset() is not None
+    expected = called.report.to_dict()
+    assert tool == {key: expected["tool"][key] for key in tool}
+    del expected["tool"]
+    assert saved == expected
     assert capsys.readouterr().out
     assert cli.main([*FILES, "--quiet", "--report", str(paths[0])]) == 0
     assert capsys.readouterr() == ("", "")

@@ -40,7 +40,17 @@ CHECKS = (
     {"name": "freedom exists", "status": "pass", "figure": "3 of 61 directions", "advice": ""},
 )
 COLLAPSE = {"nc1": 1.25, "verdict": {"answer": "try small", "why": "Classes are missing.", "checks": CHECKS}}
-CHARTS = {"freedom", "norm", "range", "frontier-norm", "frontier-range", "heldout", "quantization", "flatness"}
+CHARTS = {
+    "freedom",
+    "spectrum",
+    "norm",
+    "range",
+    "frontier-norm",
+    "frontier-range",
+    "heldout",
+    "quantization",
+    "flatness",
+}
 
 
 class Page(HTMLParser):

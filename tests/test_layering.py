@@ -12,12 +12,12 @@ PACKAGE = Path(__file__).parents[1] / "onnx_optshift"
 # A row may import from rows above it; entries of one row never import each other. An entry that is a directory is
 # its whole sub-package, whose modules may import each other.
 ROWS = [
-    ["errors"],
-    ["geometry", "report.model", "report.progress"],
+    ["errors", "journal"],
+    ["geometry", "report.model", "report.progress", "temporary", "isolation"],
     ["settings", "report"],
     ["graph", "calibration", "stats", "arguments"],
     ["capture", "solve"],
-    ["verify", "quantize", "data"],
+    ["verify", "quantize", "data", "memory"],
     ["layers"],
     ["workbench"],
     ["decide", "proof", "drift"],

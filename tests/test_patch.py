@@ -317,7 +317,7 @@ def test_commit_is_final(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device")])
-@pytest.mark.parametrize("step", ["_write_proto", "_digest", "little_endian", "_fill_patched"])
+@pytest.mark.parametrize("step", ["_write_proto", "digest", "little_endian", "_fill_patched"])
 def test_interrupts_and_full_disks_leave_nothing(
     error: BaseException, step: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

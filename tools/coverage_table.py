@@ -327,9 +327,9 @@ def page() -> str:
         "Made by `python tools/coverage_table.py`, which tries every cell; a test keeps it current. `inspect` says",
         "the same of the layers of a given model. A weight that is skipped keeps its bytes; the report says why.",
         "",
-        "The columns of types are layers of the main graph, run on the CPU. The last four are layers inside a body, or",
-        "inside a function that the weight is handed to. Weights that a body holds itself are found as well; those that",
-        "a function holds, as a constant for all its calls, are skipped.",
+        "The columns of types are layers of the main graph, run on the CPU. The last four are layers inside a body,",
+        "or inside a function that the weight is handed to. Weights that a body holds itself are found as well; those",
+        "that a function holds, as a constant for all its calls, are skipped.",
         "",
     ]
     columns = [*DTYPES, *PLACES]

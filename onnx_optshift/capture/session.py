@@ -129,6 +129,8 @@ class Session:
         folder: Where the external data of an in-memory model lies.
         optimize: Whether graph optimizations are on. Off is one of the runs that make up the noise floor.
         threads: Threads within one operator; None lets ONNX Runtime choose.
+        prepack: Whether kernels may keep copies of the weights in a layout of their own. Without them external data
+            stays mapped: loading takes no time, and memory only as the weights are read.
         custom_op_library: Shared library with custom operators.
 
     Raises:
@@ -144,6 +146,7 @@ class Session:
         folder: Path | None = None,
         optimize: bool = True,
         threads: int | None = None,
+        prepack: bool = True,
         custom_op_library: str | None = None,
     ) -> None:
         ort = _runtime()
@@ -152,6 +155,8 @@ class Session:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if not prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         if folder is not None:

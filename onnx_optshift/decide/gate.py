@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnx_optshift.calibration.source import Batch, Samples
 from onnx_optshift.decide.loss import DISTANCE, Loss, choose_loss
 from onnx_optshift.decide.quantized import Quantizer
-from onnx_optshift.layers import Arrays
+from onnx_optshift.layers import Arrays, allowed_error
 from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.report.model import Score, Trial
 from onnx_optshift.workbench import Workbench
@@ -84,6 +84,7 @@ class Gate:
         self.tried: list[Trial] = []
         self.loss = self._loss()
         self.allowed_distance = max(UNLABELLED_DISTANCE, 2 * tolerance)
+        self._granted = 2 * tolerance
         self.before = self.run({})
 
     def _loss(self) -> Loss:
@@ -139,13 +140,11 @@ class Gate:
         return trial, after
 
     def _objection(self, after: Judged, mean: float, error: float) -> str:
+        fewest = min((grid.bits for grid in after.quantized), default=0)
         for grid, errors in after.quantized.items():
-            grown, before = float(errors.mean()), float(self.before.quantized[grid].mean())
-            if not grown <= before * (1 + NO_INCREASE):
-                return (
-                    f"at {grid.bits} bits the quantized outputs' error grows from {math.sqrt(before):.3g} to "
-                    f"{math.sqrt(grown):.3g}"
-                )
+            grown, before = math.sqrt(errors.mean()), math.sqrt(self.before.quantized[grid].mean())
+            if not grown <= allowed_error(before, self._granted, grid, fewest) * (1 + NO_INCREASE):
+                return f"at {grid.bits} bits the quantized outputs' error grows from {before:.3g} to {grown:.3g}"
         if after.quantized:
             return ""
         if self.loss.is_distance:

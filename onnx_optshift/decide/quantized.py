@@ -31,8 +31,10 @@ class Quantizer:
             yield (
                 grid,
                 {
-                    weight.name: round_initializer(
-                        arrays.get(weight.name, self._bench.model.initializer(weight.name)), weight.form, grid
+                    weight.name: self._bench.keep(
+                        round_initializer(
+                            arrays.get(weight.name, self._bench.model.initializer(weight.name)), weight.form, grid
+                        )
                     )
                     for weight in self._bench.weights
                 },

@@ -57,13 +57,15 @@ def diagnose(
         InputError: The model, the data or a setting cannot be used.
     """
     clock = Clock()
-    source, weights, skips = open_model(model, settings)
-    bench = open_workbench(source, weights, settings, progress)
+    source, discovered, skips = open_model(model, settings)
+    bench = open_workbench(source, discovered, settings, progress)
     samples = arrangement.find_calibration(source, calibration, settings)
     if samples is None:
         raise InputError("diagnose needs data to look at: give it with --calib.")
     data = arrangement.arrange(source, samples, heldout, settings)
-    findings = Findings(source, settings, bench.device, tuple(weights), tuple(skips), data)
+    unreached = bench.drop_unstackable(samples)
+    weights = bench.weights
+    findings = Findings(source, settings, bench.device, weights, (*skips, *unreached), data)
     if not weights:
         return build_report(findings, None, clock, None)
     with clock("capture"):

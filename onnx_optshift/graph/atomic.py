@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from onnx_optshift import journal
 from onnx_optshift.errors import InputError
 
 
@@ -25,13 +25,20 @@ class Written:
         temp_path: The model; gone after `commit` or `discard`.
         final_path: Where `commit` puts it.
         data_files: External data files that were written for it.
+        after: What is to be done once the model is in place.
     """
 
     temp_path: Path
     final_path: Path
     data_files: list[Path] = field(default_factory=list)
+    after: Callable[[], None] = lambda: None
     _open: bool = True
     _renaming: bool = False
+
+    def claim(self, data_file: Path) -> None:
+        """Takes a data file's final name, before the file gets it."""
+        journal.unfinished(data_file)
+        self.data_files.append(data_file)
 
     def commit(self) -> None:
         """Puts the model in place, in one step that cannot be seen half done.
@@ -51,9 +58,11 @@ class Written:
                 for folder in {path.parent for path in self.data_files}:
                     sync_folder(folder)
                 self._renaming = True
+                journal.placing(self.temp_path, self.final_path, self.data_files)
                 os.replace(self.temp_path, self.final_path)
                 self._open = False
                 sync_folder(self.final_path.parent)
+            self.after()
         finally:
             self.discard()
 
@@ -67,6 +76,7 @@ class Written:
         for path in (self.temp_path, *self.data_files):
             with suppress(OSError):
                 path.unlink()
+        journal.removed(self.temp_path, *self.data_files)
 
     def __enter__(self) -> Written:
         return self
@@ -75,11 +85,6 @@ class Written:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.discard()
-
-
-def beside(path: Path) -> Path:
-    """An unused hidden name in the same folder, so that a rename to `path` stays within one file system."""
-    return path.with_name(f".{path.name[:100]}.{secrets.token_hex(6)}.tmp")
 
 
 def check_target(path: Path) -> None:

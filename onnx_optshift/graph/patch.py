@@ -11,7 +11,6 @@ model's rename, and two runs with the same result give the same name.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,8 +23,9 @@ import onnx
 from numpy.typing import NDArray
 
 from onnx_optshift.errors import InputError, closest
-from onnx_optshift.graph.atomic import Written, beside, check_target, sync, system_errors
-from onnx_optshift.graph.external import Span, locate
+from onnx_optshift.graph.atomic import Written, check_target, sync, system_errors
+from onnx_optshift.graph.external import Span, copy_bytes, locate
+from onnx_optshift.graph.leftovers import data_files, data_name, digest, remove_unused
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.tensors import (
     PAYLOAD_FIELDS,
@@ -39,6 +39,7 @@ from onnx_optshift.graph.tensors import (
     raw_size,
     replace_inline,
 )
+from onnx_optshift.temporary import beside
 
 Arrays = Mapping[str, NDArray[np.generic]]
 
@@ -96,7 +97,7 @@ def write_beside(model: ModelFile, arrays: Arrays, out: Path, *, save_as_externa
     out = Path(out)
     check_target(out)
     _check_arrays(model, arrays)
-    written = Written(beside(out), out)
+    written = Written(beside(out), out, after=partial(remove_unused, data_files(out)))
     try:
         with system_errors(out):
             if save_as_external:
@@ -144,7 +145,7 @@ def _copy(path: Path, model: ModelFile, written: Written) -> None:
     for location, span in {span.location: span for _, span in _external(model.proto, model)}.items():
         target_path = folder / location
         if target_path.exists():
-            if _digest(target_path) == _digest(span.path):
+            if digest(target_path) == digest(span.path):
                 continue
             raise InputError(
                 f"{target_path}: exists with other content, and an unchanged copy of the model needs external data of "
@@ -155,7 +156,7 @@ def _copy(path: Path, model: ModelFile, written: Written) -> None:
         try:
             shutil.copyfile(span.path, temporary)
             sync(temporary)
-            written.data_files.append(target_path)
+            written.claim(target_path)
             os.replace(temporary, target_path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -186,7 +187,7 @@ def _with_data_files(model: ModelFile, arrays: Arrays, written: Written) -> onnx
 def _fill_patched(path: Path, readers: Sequence[_Reader], new: Arrays, offsets: list[int], file: BinaryIO) -> None:
     """Copies an external file with new payloads, and notes where each of its tensors is then."""
     with path.open("rb") as source:
-        shutil.copyfileobj(source, file, _CHUNK)
+        copy_bytes(source, 0, path.stat().st_size, file)
     for index, (name, _, span) in enumerate(readers):
         if name not in new:
             offsets.append(span.offset)
@@ -194,7 +195,7 @@ def _fill_patched(path: Path, readers: Sequence[_Reader], new: Arrays, offsets: 
         # Exporters let equal tensors share their bytes; only this one may change, so it moves to the end.
         shared = any(span.overlaps(other) for k, (_, _, other) in enumerate(readers) if k != index)
         offsets.append(_aligned_end(file) if shared else file.seek(span.offset))
-        file.write(little_endian(new[name]))
+        _write_array(new[name], file)
 
 
 def _externalized(model: ModelFile, arrays: Arrays, written: Written) -> onnx.ModelProto:
@@ -218,9 +219,11 @@ def _externalized(model: ModelFile, arrays: Arrays, written: Written) -> onnx.Mo
         for name, tensor in moving:
             offsets.append(_aligned_end(file))
             if name and name in arrays:
-                file.write(little_endian(arrays[name]))
+                _write_array(arrays[name], file)
             elif is_external(tensor):
-                _copy_span(locate(tensor, model.folder), file)
+                span = locate(tensor, model.folder)
+                with span.path.open("rb") as source:
+                    copy_bytes(source, span.offset, span.length, file)
             else:
                 file.write(inline_bytes(tensor))
 
@@ -229,6 +232,13 @@ def _externalized(model: ModelFile, arrays: Arrays, written: Written) -> onnx.Mo
         for (_, tensor), offset in zip(moving, offsets, strict=True):
             _refer(tensor, location, offset, raw_size(tensor))
     return proto
+
+
+def _write_array(array: NDArray[np.generic], file: BinaryIO) -> None:
+    """Writes the elements in pieces: an array that is mapped from another file is never whole in memory."""
+    flat = array.reshape(-1)
+    for start in range(0, flat.size, _CHUNK):
+        file.write(little_endian(flat[start : start + _CHUNK]))
 
 
 def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
@@ -256,9 +266,10 @@ def _new_data_file(written: Written, fill: Callable[[BinaryIO], None]) -> str:
         with temporary.open("xb") as file:
             fill(file)
         sync(temporary)
-        final = out.with_name(f"{out.stem}.{_digest(temporary)[:16]}.data")
-        if not final.exists() or _digest(final) != _digest(temporary):
-            written.data_files.append(final)  # first, so that an interrupt in between removes it
+        content = digest(temporary)
+        final = out.with_name(data_name(out, content))
+        if not final.exists() or digest(final) != content:
+            written.claim(final)  # first, so that an interrupt in between removes it
             os.replace(temporary, final)
     finally:
         temporary.unlink(missing_ok=True)
@@ -274,20 +285,3 @@ def _external(proto: onnx.ModelProto, model: ModelFile) -> Iterator[tuple[onnx.T
 def _leaves_folder(model: ModelFile, written: Written) -> bool:
     """Whether OUT is in another folder than the model, where its external data would not be found."""
     return model.folder is not None and model.folder.resolve() != written.final_path.parent.resolve()
-
-
-def _copy_span(span: Span, file: BinaryIO) -> None:
-    with span.path.open("rb") as source:
-        source.seek(span.offset)
-        left = span.length
-        while left:
-            chunk = source.read(min(left, _CHUNK))
-            if not chunk:
-                raise InputError(f"{span.path}: became shorter while it was read. Run again.")
-            file.write(chunk)
-            left -= len(chunk)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -51,6 +51,7 @@ def charts(report: Report) -> dict[str, Chart]:
     layers = [(k, layer) for k, layer in enumerate(candidates(report), 1)]
     drawn = (
         _freedom(layers),
+        _spectrum(layers),
         _before_after("norm", layers, lambda layer: (layer.norm_before, layer.norm_after)),
         _before_after("range", layers, lambda layer: (layer.range_before, layer.range_after)),
         _frontier("norm", layers),
@@ -95,6 +96,36 @@ def _freedom(layers: Sequence[Numbered]) -> Chart | None:
             "with none free has only one exact solution."
         )
         return Chart("freedom", "Freedom of each layer", caption, to_svg(figure, "freedom", alt))
+
+
+def _spectrum(layers: Sequence[Numbered]) -> Chart | None:
+    lines = [(k, layer, [v for v in layer.spectrum if v > 0]) for k, layer in layers if len(layer.spectrum) > 1]
+    lines = [(k, layer, values) for k, layer, values in lines if values]
+    if not lines:
+        return None
+    few = len(lines) <= _MOST_COLOURED
+    with drawing(3.1) as (figure, axes):
+        for n, (k, layer, values) in enumerate(lines):
+            x = [100 * place / (len(layer.spectrum) - 1) for place in range(len(values))]
+            look: dict[str, Any] = {"color": COLOURS["after"], "linewidth": 0.8, "alpha": 0.45}
+            if few:
+                look = {"color": COLOURS[f"c{n + 1}"], "marker": _MARKERS[n], "markersize": 3.5, "linewidth": 1.4}
+            line = axes.plot(x, values, label=_label(k, layer) if few else None, **look)
+            tip(line, f"{k} {layer.name}: the last direction in use has {values[-1]:.2g} of the first")
+        axes.set_yscale("log")
+        axes.set_xlim(-2, 102)
+        axes.set_xlabel("input direction, strongest first, % of all")
+        axes.set_ylabel("singular value, share of the largest")
+        axes.grid(axis="y")
+        if few:
+            figure.legend(loc="outside upper left", ncols=1 if len(lines) < 4 else 2, frameon=False)
+        ends = sum(len(values) < len(layer.spectrum) for _, layer, values in lines)
+        alt = f"Lines for {len(lines)} layers: singular values of the inputs. {ends} end before the last direction."
+        caption = (
+            "How strongly the calibration data points in each input direction of a layer. A line that ends early "
+            "leaves directions free; one that falls far leaves directions that a small tolerance can free."
+        )
+        return Chart("spectrum", "Spectrum of each layer's input", caption, to_svg(figure, "spectrum", alt))
 
 
 def _before_after(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from onnx_optshift.errors import InputError
 from onnx_optshift.report.model import Report
+from onnx_optshift.temporary import beside
 
 HTML = ".html"
 SUFFIXES = (".json", HTML)
@@ -49,15 +50,15 @@ def write(report: Report, path: Path) -> None:
         InputError: The file cannot be written.
     """
     text = _text(report, path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = beside(path)
     try:
         # Names in a model may hold halves of surrogate pairs, which UTF-8 refuses.
-        beside.write_text(text, encoding="utf-8", errors="backslashreplace")
-        beside.replace(path)
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+        temporary.replace(path)
     except OSError as error:
         raise InputError(f"--report {path}: cannot be written: {error.strerror or error}.") from error
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def _text(report: Report, path: Path) -> str:

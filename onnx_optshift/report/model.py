@@ -20,7 +20,10 @@ STATUSES = ("shifted", "unchanged", "rejected", "skipped")
 
 @dataclass(frozen=True)
 class ToolInfo:
-    """Versions of what took part; None for what was not loaded."""
+    """Versions of what took part, None for what was not loaded; the command line and when it ended, in UTC.
+
+    `command` and `finished` are None where the tool was called from Python.
+    """
 
     version: str
     python: str | None = None
@@ -28,6 +31,8 @@ class ToolInfo:
     onnxruntime: str | None = None
     torch: str | None = None
     numpy: str | None = None
+    command: str | None = None
+    finished: str | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,11 @@ class LayerReport:
         range_after: Largest absolute weight of what was written.
         predicted_residual: ||A(W - V)||_F / ||AV||_F of the solution, from the statistics.
         measured_residual: The same of what was written, after rounding.
+        curvature_ratio: tr(WᵀMW) / tr(VᵀMV) of what was written, for the objective "curvature"; None where the plain
+            norm was made small.
         frontier: What other tolerances would give.
+        spectrum: Singular values of the rows, as shares of the largest, from the first direction to the d-th in equal
+            steps; 0 where no row points. A plateau that ends in a cliff means that rank and freedom are clear-cut.
         seconds: Time spent on this layer.
         dtype: Element type of the initializer.
         uses: All nodes that use it.
@@ -147,7 +156,9 @@ class LayerReport:
     range_after: float | None = None
     predicted_residual: float | None = None
     measured_residual: float | None = None
+    curvature_ratio: float | None = None
     frontier: tuple[FrontierPoint, ...] = ()
+    spectrum: tuple[float, ...] = ()
     seconds: float | None = None
     dtype: str | None = None
     uses: tuple[str, ...] = ()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from onnx_optshift import journal
+
 if TYPE_CHECKING:
     from rich import progress as rich_progress
 
@@ -103,6 +105,23 @@ class Bar(Progress):
             console=Console(file=self._file or sys.stderr),
             transient=True,
         )
+
+
+class Noted(Progress):
+    """Another progress, whose stages are recorded too: what a crash interrupts can be told.
+
+    Args:
+        shown: What the user sees.
+    """
+
+    def __init__(self, shown: Progress) -> None:
+        self._shown = shown
+
+    @contextmanager
+    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
+        """See `Progress.stage`."""
+        with journal.stage(name), self._shown.stage(name, total) as advance:
+            yield advance
 
 
 SILENT = Progress()

@@ -37,6 +37,11 @@ class Outcome(Enum):
         "nothing to gain: rounding the solution to the weight's dtype adds back what it took away, so that the bytes "
         "stay. A larger tolerance leaves more room"
     )
+    ROUNDS_WORSE = (
+        "nothing to gain: at every residual that was tried, the layer's outputs are farther off once the weight is "
+        "quantized than those of the original weight. (a) The bits are many, and round finely already. "
+        "(b) The range is set by weights that the outputs need"
+    )
     NO_ROWS = (
         "no calibration row reached the layer. (a) The calibration data is empty. "
         "(b) The layer lies on a branch that the data never takes"

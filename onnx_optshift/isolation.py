@@ -1,0 +1,189 @@
+"""Work in a process of its own: a crash in native code costs neither the message nor the tidiness.
+
+The process forks before anything heavy is loaded, so this costs milliseconds and next to no memory. The child does
+everything; the parent only waits, and speaks where the child no longer can.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Never
+
+from onnx_optshift import journal
+from onnx_optshift.errors import InputError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+# A terminal's Ctrl-C reaches both processes, and the parent passes its own on: two this close [s] are one.
+_ECHO = 0.5
+# A bar hides the cursor; erases the rest of its line too.
+_SHOW_CURSOR = "\r\x1b[K\x1b[?25h"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def run_isolated(work: Callable[[], int]) -> int:
+    """Does some work in a child process, and waits for it.
+
+    SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed on. Whatever the child left unfinished is removed. On Linux the child
+    does not outlive its parent.
+
+    Args:
+        work: Returns an exit status. It runs right here where processes cannot fork (Windows), or not safely (macOS,
+            whose frameworks must not be used on both sides of a fork).
+
+    Returns:
+        The work's status. If a signal killed it: 130 for SIGINT, and 2 for a crash or SIGKILL, each with one message on
+        standard error. Another signal that asks to end kills this process too.
+    """
+    if not hasattr(os, "fork") or sys.platform == "darwin":
+        return work()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()  # or the child would write it again
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a caller that ignores it would cost us the child's status
+    # Those that are ignored (nohup) stay so. None may come before both sides have their handlers.
+    ends = [end for end in _requests() if signal.getsignal(end) is not signal.SIG_IGN]
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
+    parent = os.getpid()
+    try:
+        records = journal.open_new()
+        child = os.fork()
+    except OSError:  # no more processes or files to be had: then without the safety
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return work()
+    if not child:
+        _end_with(parent)
+        if signal.SIGINT in ends:
+            _interrupt_once()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        journal.write_to(records)
+        _work_and_exit(work)
+    for end in ends:
+        signal.signal(end, lambda number, _: _pass_on(child, number))
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for end in ends:
+        signal.signal(end, signal.SIG_IGN)  # the last words take no time
+    record = journal.read(records)
+    _tidy(record)
+    return code if code >= 0 else _answer(-code, record)
+
+
+def _requests() -> tuple[signal.Signals, ...]:
+    return (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+def _crashes() -> tuple[signal.Signals, ...]:
+    return (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+
+
+def _pass_on(child: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(child, number)
+
+
+def _end_with(parent: int) -> None:
+    """Has the kernel kill this process when its parent dies, where it can."""
+    if sys.platform != "linux":
+        return
+    import ctypes
+
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    if os.getppid() != parent:  # it was quicker
+        os._exit(INTERRUPTED)
+
+
+def _interrupt_once() -> None:
+    """A second SIGINT that is the first one's echo must not interrupt the clearing up."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    last = -_ECHO
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= _ECHO:
+            last = now
+            signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+
+
+def _work_and_exit(work: Callable[[], int]) -> Never:
+    """The child's whole life. No destructors of native libraries: one that crashes would spoil a finished run."""
+    status = 1
+    atexit._clear()  # what was registered before is the parent's
+    try:
+        status = work()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+        _say("interrupted")
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        try:
+            atexit._run_exitfuncs()  # as multiprocessing does in its children
+            for stream in (sys.stdout, sys.stderr):
+                with suppress(OSError, ValueError):
+                    stream.flush()
+        finally:
+            os._exit(status)
+
+
+def _tidy(record: journal.Record) -> None:
+    for path in record.unfinished:
+        with suppress(OSError):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def _answer(number: int, record: journal.Record) -> int:
+    """Says what a signal did to the child, and returns the exit status."""
+    written = f"{record.placed} was written and verified before" if record.placed else "nothing was written"
+    if number == signal.SIGINT:
+        _say(f"interrupted: {written}")
+        return INTERRUPTED
+    if number in _requests():
+        return _die_by(number)
+    if number == signal.SIGKILL:
+        what, hint = "killed", "Memory most likely ran out: give --max-memory, or a smaller --batch-size."
+    elif number in _crashes():
+        what = "a native library crashed"
+        hint = "Check that the model runs in ONNX Runtime alone; --verbose shows the place."
+    else:
+        what, hint = "ended by a signal", "Look for a limit of the system, or for who sent it."
+    _say(f"error: {what} ({_name(number)}) {record.place}; {written}. {hint}")
+    return InputError.exit_code
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # real-time signals have none
+        return f"signal {number}"
+
+
+def _die_by(number: int) -> int:
+    """Ends as if there had been one process; returns only where the system spares it, as it does process 1."""
+    import resource
+
+    with suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # there is nothing to see in this one
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    return 128 + number
+
+
+def _say(message: str) -> None:
+    with suppress(OSError, ValueError):
+        print(_SHOW_CURSOR * sys.stderr.isatty() + message, file=sys.stderr, flush=True)

@@ -1,0 +1,53 @@
+"""The tool that kills runs tells a broken OUT from a good one, and finds none."""
+
+import hashlib
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).parents[1] / "tools" / "kills.py"
+OLD = b"the old file"
+
+
+@pytest.fixture(scope="module")
+def kills():
+    spec = importlib.util.spec_from_file_location("kills", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kills"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("case", "found", "expected"),
+    [
+        ("old", {"out.onnx": OLD}, ("old", "clean")),
+        ("old", {"out.onnx": b"new", "out.data": b"data"}, ("new complete", "clean")),
+        ("old", {"out.onnx": OLD, ".x.tmp": b""}, ("old", "temporary file left")),
+        ("old", {"out.onnx": OLD, "out.data": b"data"}, ("old", "data file left")),
+        ("absent", {}, ("absent", "clean")),
+        ("absent", {".x.tmp": b""}, ("absent", "temporary file left")),
+        ("old", {}, ("BROKEN", "clean")),
+        ("old", {"out.onnx": b"ne"}, ("BROKEN", "clean")),
+        ("old", {"out.onnx": b"new"}, ("BROKEN", "clean")),
+        ("absent", {"out.onnx": OLD}, ("BROKEN", "clean")),
+        ("absent", {"out.onnx": b"new", "out.data": b"da"}, ("BROKEN", "data file left")),
+    ],
+)
+def test_it_knows_what_is_broken(case, found, expected, kills, tmp_path):
+    whole = {"out.onnx": b"new", "out.data": b"data"}
+    finished = {name: hashlib.sha256(content).hexdigest() for name, content in whole.items()}
+    for name, content in found.items():
+        (tmp_path / name).write_bytes(content)
+    assert kills.look(tmp_path / "out.onnx", case, finished) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only isolated where processes fork safely")
+def test_nothing_is_broken():
+    done = subprocess.run([sys.executable, str(TOOL), "--kills", "9"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert " 0 broken" in done.stdout
