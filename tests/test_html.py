@@ -225,6 +225,7 @@ def test_all_charts(pages):
     assert len(drawings) == len(CHARTS)
     assert all(attrs["role"] == "img" and len(attrs["aria-label"]) > 20 for attrs in drawings)
     assert len(found.all("figcaption")) == len(CHARTS)
+    assert "mathdefault" not in found.text  # numbers, not their markup
 
 
 @pytest.mark.parametrize(

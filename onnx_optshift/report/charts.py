@@ -114,8 +114,9 @@ def _spectrum(layers: Sequence[Numbered]) -> Chart | None:
             tip(line, f"{k} {layer.name}: the last direction in use has {values[-1]:.2g} of the first")
         axes.set_yscale("log")
         axes.set_xlim(-2, 102)
-        axes.set_xlabel("input direction, strongest first, % of all")
-        axes.set_ylabel("singular value, share of the largest")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.set_xlabel("input directions, strongest first, %")
+        axes.set_ylabel("share of the strongest")
         axes.grid(axis="y")
         if few:
             figure.legend(loc="outside upper left", ncols=1 if len(lines) < 4 else 2, frameon=False)
