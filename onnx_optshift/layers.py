@@ -240,6 +240,7 @@ class Layers:
         )
         if not shift.outcome.moved:
             return _unmoved(shift)
+        del matrix  # as large as the solution; it is read again when it is needed
         return self.written(weight, shift)
 
     def written(self, weight: Weight, shift: Shift) -> Solved:

@@ -6,6 +6,7 @@ stays mapped, one session open at a time, and none while a layer is solved: the 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,17 @@ from onnx_optshift.errors import InputError
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
 
+_logger = logging.getLogger(__name__)
+
 # Large enough to keep matrix products efficient, small enough that one batch of activations stays modest.
 DEFAULT_BATCH_SIZE = 32
 # Share of the memory that is free at the start which a run may take when --max-memory does not say.
 FREE_MEMORY_SHARE = 0.8
 # Outputs of the original model are kept up to this size, and computed again on each pass beyond it.
 KEPT_OUTPUT_BYTES = 512 * 2**20
+
+# Working sets, in multiples of what is factored and of the weight in float64.
+FACTORING, SOLVING = 6, 5
 
 
 @dataclass(frozen=True)
@@ -95,10 +101,12 @@ class Costs:
         largest = 0
         for w in weights:
             # Rows that are fewer than d are factored themselves: no d x d matrix then.
-            length = min(w.d, self.samples * sum(self.rows[use.tap] for use in w.uses))
+            rank = min(w.d, self.samples * sum(self.rows[use.tap] for use in w.uses))
+            # Measured: a factorization takes 5 times its result; then come V, W, W as rounded, a product, and UᵀV.
+            factored, solved = FACTORING * w.d * rank, SOLVING * w.d * w.m + rank * w.m
             # What becomes of the widest metric on its way comes on top.
-            widest = 5 * w.d if self.metric else 0
-            largest = max(largest, 8 * w.groups * w.d * (3 * length + 4 * w.m + widest))
+            widest = 5 * w.d**2 if self.metric else 0
+            largest = max(largest, 8 * w.groups * (max(factored, solved) + widest))
         return largest
 
     def held(self, taps: Iterable[Tap]) -> int:
@@ -157,15 +165,18 @@ def make_plan(
     if batch_size is None and per_sample > 0:
         room = budget - statistics - model - (0 if costs.apart else solve)
         size = max(1, min(size, room // per_sample))
-    activations = per_sample * size + costs.kept
+    activations = per_sample * min(size, costs.samples) + costs.kept
     plan = MemoryPlan(size, costs.model, activations, statistics, solve, budget, len(waves), costs.apart)
+    parts = (
+        f"model {_size(plan.model)}, activations {_size(plan.activations)}, statistics {_size(plan.statistics)}, "
+        f"solver {_size(plan.solve)}"
+    )
     if plan.predicted > plan.budget:
         raise InputError(
-            f"memory: predicted peak {_size(plan.predicted)} (model {_size(plan.model)}, activations "
-            f"{_size(plan.activations)}, statistics {_size(plan.statistics)}, solver {_size(plan.solve)}) exceeds "
-            f"{_size(plan.budget)}, one layer at a time. Raise --max-memory, lower --batch-size, or leave the "
-            "widest layers out with --nodes-to-exclude."
+            f"memory: predicted peak {_size(plan.predicted)} ({parts}) exceeds {_size(plan.budget)}, one layer at a "
+            "time. Raise --max-memory, lower --batch-size, or leave the widest layers out with --nodes-to-exclude."
         )
+    _logger.info("memory: predicted peak %s (%s), passes %d", _size(plan.predicted), parts, plan.waves)
     return plan, waves
 
 

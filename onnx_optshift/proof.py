@@ -90,6 +90,8 @@ def noise_floor(bench: Workbench, samples: Samples, arrays: Mapping[str, NDArray
         rounded = ROUNDING_FACTOR * figure(rounding[name]) if rounding else 0.0
         return max(least, rounded, *(NOISE_FACTOR * figure(deviation) for deviation in noise[name]))
 
+    other = _other_batch_size(bench, part)
+    bench.rest()
     return Floor(
         {name: bound(lambda deviation: deviation.max_rel, name) for name in names},
         {name: bound(_rel, name) for name in names},
@@ -100,7 +102,7 @@ def noise_floor(bench: Workbench, samples: Samples, arrays: Mapping[str, NDArray
             runs=tuple(runs),
             samples=len(part),
             batch_size=bench.batch_size,
-            other_batch_size=_other_batch_size(bench, part),
+            other_batch_size=other,
         ),
     )
 

@@ -76,6 +76,7 @@ def write_and_prove(
         arrays = candidate.arrays
         written = write_beside(bench.model, arrays, out, save_as_external=external)
         try:
+            bench.rest()  # what was written was read for it
             unchanged_outside(bench.model, written.temp_path, arrays)
             difference = bench.deviation(decision.covered, {}, partial(bench.session, written.temp_path))
             proof = verification(difference.results(), floor, decision.tolerance, attempts=attempt, reverted=reverted)

@@ -98,7 +98,7 @@ class Workbench:
     def session(self, model: bytes | Path | None = None, **options: Any) -> Session:
         """A session on the original, on another file, or on bytes whose external data is the original's."""
         if self.large:
-            self._sessions.clear()
+            self.rest()
             options = {"prepack": False, **options}
         if model is None:
             model = self.model.path or probe_model(self.model, ())
@@ -124,8 +124,8 @@ class Workbench:
         """An array of the size of weights or outputs, to be held for long: in a file where the model is large."""
         return self._store.keep(array) if self.large else array
 
-    def _rest(self) -> None:
-        """Between passes nothing of a large model is held in memory."""
+    def rest(self) -> None:
+        """Lets go of all that a large model holds between passes: its session, and pages of its files."""
         if self.large:
             self._sessions.clear()
             self._store.let_go()
@@ -171,7 +171,7 @@ class Workbench:
         """Bytes of the outputs for the first sample."""
         (batch,) = samples.select(np.arange(1)).batches(1)
         outputs = self.original.run(batch.feeds)
-        self._rest()
+        self.rest()
         return sum(value.nbytes for value in outputs.values()) // (len(batch.indices) + batch.padding)
 
     def drop_unstackable(self, samples: Samples) -> tuple[Skip, ...]:
@@ -249,7 +249,7 @@ class Workbench:
         with self.progress.stage(stage, len(samples)) as advance:
             stream(session, taps, samples.batches(self.batch_size), sink, done=advance)
         del session  # before what it has freed is given back
-        self._rest()
+        self.rest()
         return statistics
 
     @property
@@ -299,7 +299,7 @@ class Workbench:
         if kept is None and self.large and self._room_for_outputs(samples):
             # All of them first: what the caller runs on each batch needs a session of its own.
             kept = self._kept[samples.fingerprint] = list(self._reference(samples))
-            self._rest()
+            self.rest()
         if kept is not None:
             yield from kept
             return
@@ -345,14 +345,14 @@ class Workbench:
                 session = other()  # not before the reference is there: it may need the place
             outputs = self.trial.run({**batch.feeds, **arrays}) if session is None else session.run(batch.feeds)
             difference.update(outputs, reference, len(batch.indices) + batch.padding)
-        self._rest()
+        self.rest()
         return difference
 
     def trial_outputs(self, samples: Samples, arrays: Arrays) -> Iterator[tuple[Batch, Outputs, Outputs]]:
         """Batches with the outputs of trial weights and the original's; without weights, the original's twice."""
         for batch, reference in self.reference(samples):
             yield batch, (self.trial.run({**batch.feeds, **arrays}) if arrays else reference), reference
-        self._rest()
+        self.rest()
 
     def capture_session(self, taps: Sequence[Tap]) -> Session:
         """The original model with these taps' values as outputs."""

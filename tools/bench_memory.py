@@ -2,11 +2,16 @@
 
     python tools/bench_memory.py MODEL CALIB --samples 200 1600 --repeats 3 [--nodes-to-include PATTERN ...]
     python tools/bench_memory.py MODEL CALIB --samples 200 -- --tolerance 0.01     options after -- go to onnx_optshift
+    python tools/bench_memory.py MODEL CALIB --samples 8 --repeats 1 --no-naive    for models of gigabytes
 
 The naive script is what one writes first: keep the inputs A of every linear layer for all samples, then
 W = pinv(A) @ (A @ V) in float64, layer by layer. It neither checks its result nor looks at held-out data; onnx_optshift
 does both within its time. Runs alternate, each in a fresh process; a row is the median over the repeats. A run that
-does not fit the limits is reported as such and not repeated. The `imports` row is what loading the libraries takes.
+does not fit the limits is reported as such and not repeated. The `imports` row is what loading the libraries takes, the
+`session` row what ONNX Runtime takes for the model alone: loaded as anybody loads it, and run on one batch.
+
+Memory is the largest resident size; beside it stands the part that is the process's own. The rest are pages of files
+(mapped weights, libraries), which the system can take back at any time.
 """
 
 from __future__ import annotations
@@ -45,12 +50,14 @@ class Run:
     Attributes:
         failure: Why it did not finish, or an empty string.
         peak: Largest resident size in bytes.
+        own: The same without pages of files, sampled; 0 where the system does not tell.
         seconds: Wall-clock time.
         detail: Last line of its standard error, when it failed.
     """
 
     failure: str
     peak: int
+    own: int
     seconds: float
     detail: str = ""
 
@@ -72,9 +79,10 @@ def measure(command: list[str], limit_gb: float, timeout: float) -> Run:
             preexec_fn=limit_memory,
             start_new_session=True,
         )
-        timed_out, pid = False, 0
+        timed_out, pid, own = False, 0, 0
         try:
             while not pid:
+                own = max(own, anonymous(child.pid))
                 pid, status, usage = os.wait4(child.pid, os.WNOHANG)
                 seconds = time.perf_counter() - start
                 if not pid and seconds > timeout and not timed_out:
@@ -89,7 +97,7 @@ def measure(command: list[str], limit_gb: float, timeout: float) -> Run:
         stderr = errors.read()
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if child.returncode == 0:
-        return Run("", peak, seconds)
+        return Run("", peak, own, seconds)
     lines = stderr.strip().splitlines()
     # A SIGKILL that was not ours is the kernel's, out of memory.
     if timed_out:
@@ -98,7 +106,18 @@ def measure(command: list[str], limit_gb: float, timeout: float) -> Run:
         failure = "out of memory"
     else:
         failure = f"exit {child.returncode}"
-    return Run(failure, peak, seconds, lines[-1] if lines else "")
+    return Run(failure, peak, own, seconds, lines[-1] if lines else "")
+
+
+def anonymous(process: int) -> int:
+    """Bytes that the largest of a process and its descendants holds at the moment and that are in no file."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="ascii", errors="replace")
+        children = Path(f"/proc/{process}/task/{process}/children").read_text(encoding="ascii").split()
+    except OSError:  # ended meanwhile, or no Linux
+        return 0
+    found = re.search(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
+    return max([1024 * int(found[1]) if found else 0, *(anonymous(int(child)) for child in children)])
 
 
 def patches(x: np.ndarray, kernel: tuple[int, ...], attributes: dict[str, Any]) -> np.ndarray:
@@ -192,13 +211,26 @@ def naive(model_path: Path, calibration: Path, out: Path, samples: int, include:
     onnx.save(model, out)
 
 
+def load_and_run(model_path: Path, calibration: Path, samples: int) -> None:
+    """What ONNX Runtime needs for the model: a session with its own defaults, and one batch."""
+    import numpy as np
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(model_path, providers=["CPUExecutionProvider"])
+    with np.load(calibration) as data:
+        feeds = {i.name: data[i.name][: min(samples, 32)] for i in session.get_inputs()}
+    session.run(None, feeds)
+
+
 def row(label: str, runs: list[Run], reference: list[Run] | None) -> str:
     """One line of the table; ratios are against the medians of `reference`."""
     if failed := [run for run in runs if run.failure]:
         reached = f"(reached {failed[0].peak / 1e6:,.0f} MB in {failed[0].seconds:.1f} s)"
         return f"{label:<26}{failed[0].failure:>16}  {reached}"
-    peak, seconds = (statistics.median(getattr(run, field) for run in runs) for field in ("peak", "seconds"))
-    line = f"{label:<26}{peak / 1e6:>13,.0f} MB{seconds:>10.2f} s"
+    peak, own, seconds = (
+        statistics.median(getattr(run, field) for run in runs) for field in ("peak", "own", "seconds")
+    )
+    line = f"{label:<26}{peak / 1e6:>13,.0f} MB{own / 1e6:>13,.0f} MB{seconds:>10.2f} s"
     if reference and not any(run.failure for run in reference):
         ratios = (statistics.median(getattr(run, field) for run in reference) for field in ("peak", "seconds"))
         line += "".join(f"{value / base:>13.2f}x" for value, base in zip((peak, seconds), ratios, strict=True))
@@ -208,19 +240,25 @@ def row(label: str, runs: list[Run], reference: list[Run] | None) -> str:
 def compare(args: argparse.Namespace) -> int:
     """Measures and prints the table; 1 if a run failed for another reason than the limits, else 0."""
     print(f"{args.model}, {args.calibration}; limits {args.limit_gb:g} GB, {args.timeout:g} s")
-    print(f"{'samples, run':<26}{'peak memory':>16}{'time':>12}{'memory ratio':>14}{'time ratio':>14}")
+    print(f"{'samples, run':<26}{'peak memory':>16}{'own':>16}{'time':>12}{'memory ratio':>14}{'time ratio':>14}")
     libraries = "import numpy, onnx, onnx_graphsurgeon, onnxruntime, torch"
     imports = [measure([sys.executable, "-c", libraries], args.limit_gb, args.timeout) for _ in range(args.repeats)]
     print(row("-  imports", imports, None), flush=True)
     selection = ["--nodes-to-include", *args.nodes_to_include] if args.nodes_to_include else []
     details: list[str] = []
     for samples in args.samples:
-        runs: dict[str, list[Run]] = {"onnx_optshift": [], "naive": []}
+        runs: dict[str, list[Run]] = {"session": [], "onnx_optshift": [], "naive": []}
         with tempfile.TemporaryDirectory() as folder:
             out, data = str(Path(folder) / "out.onnx"), str(args.calibration)
             ours = ["-m", "onnx_optshift", str(args.model), out, "--calib", data, "--max-samples", str(samples)]
             script = [__file__, str(args.model), data, "--samples", str(samples), "--naive-out", out]
-            commands = {"onnx_optshift": [*ours, *selection, *args.options], "naive": [*script, *selection]}
+            commands = {
+                "session": [__file__, str(args.model), data, "--samples", str(samples), "--session-only"],
+                "onnx_optshift": [*ours, *selection, *args.options],
+                "naive": [*script, *selection],
+            }
+            if args.no_naive:
+                del commands["naive"], runs["naive"]
             for _ in range(args.repeats):
                 for name, command in commands.items():
                     if not any(run.failure for run in runs[name]):
@@ -244,13 +282,17 @@ def main() -> None:
     parser.add_argument("--nodes-to-include", nargs="+", default=[], metavar="PATTERN", help="names or globs, for both")
     parser.add_argument("--limit-gb", type=float, default=8.0, help="memory limit of each run, of private data")
     parser.add_argument("--timeout", type=float, default=600.0, help="time limit of each run, in seconds")
+    parser.add_argument("--no-naive", action="store_true", help="leave the naive script out")
+    parser.add_argument("--session-only", action="store_true", help="only load the model and run one batch")
     parser.add_argument("--naive-out", type=Path, help="only run the naive script and write its model here")
     args = parser.parse_args(argv[:split])
     args.options = argv[split + 1 :]
     if args.repeats < 1 or min(args.samples) < 1:
         parser.error("--repeats and --samples start at 1")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a child is not left behind
-    if args.naive_out:
+    if args.session_only:
+        load_and_run(args.model, args.calibration, args.samples[0])
+    elif args.naive_out:
         naive(args.model, args.calibration, args.naive_out, args.samples[0], args.nodes_to_include)
     else:
         sys.exit(compare(args))

@@ -14,7 +14,7 @@ import argparse
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
@@ -80,7 +80,7 @@ class Writer:
         array = self.rng.standard_normal(shape, dtype=np.float32)
         array *= np.float32(deviation)
         offset = self.file.seek(-(-self.file.tell() // ALIGNMENT) * ALIGNMENT)
-        self.file.write(memoryview(array).cast("B"))
+        self.file.write(array.reshape(-1).view(np.uint8).data)
         tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", self.location), ("offset", str(offset)), ("length", str(array.nbytes))):
@@ -93,7 +93,7 @@ class Writer:
         self.initializers.append(numpy_helper.from_array(array, name))
         return name
 
-    def node(self, op: str, inputs: list[str], name: str, **attributes: object) -> str:
+    def node(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
         """A node with one output, named as the node."""
         self.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
         return name
@@ -119,7 +119,7 @@ def write(folder: Path, sizes: Sizes, seed: int) -> Path:
         writer = Writer(file, f"{path.name}.data", np.random.default_rng(seed))
         writer.constant("heads.shape", np.array([0, 0, heads, width // heads], np.int64))
         writer.constant("width.shape", np.array([0, 0, width], np.int64))
-        writer.constant("attention.scale", np.float32(1 / math.sqrt(width // heads)))
+        writer.constant("attention.scale", np.array(1 / math.sqrt(width // heads), np.float32))
         # Added to the scores: no token sees those after it.
         writer.constant("causal", np.triu(np.full((tokens, tokens), -1e9, np.float32), 1))
         embedded = writer.node(

@@ -10,6 +10,7 @@ import mmap
 import shutil
 import tempfile
 import weakref
+from collections.abc import Callable
 from typing import IO, Any
 
 import numpy as np
@@ -33,6 +34,7 @@ class MappedStore:
     def __init__(self) -> None:
         self._file: IO[bytes] | None = None
         self._map: mmap.mmap | None = None
+        self._close: Callable[[], object] = lambda: None
         self._used = 0
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
@@ -78,9 +80,9 @@ class MappedStore:
 
     def _open(self, size: int) -> None:
         """Starts the next file; the last one stays as long as its arrays do."""
-        if self._file is not None:
-            self._file.close()
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed above, or with the store
+        self._close()
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - closed by the next call, or with the store
+        self._close = weakref.finalize(self, self._file.close)
         self._file.truncate(size)  # a hole: takes no space yet
         self._map = mmap.mmap(self._file.fileno(), size, access=mmap.ACCESS_READ)
         self._maps.add(self._map)

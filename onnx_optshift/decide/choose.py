@@ -29,6 +29,9 @@ HALVINGS = 3
 MOST_GROUP_TRIALS = 64
 # Layer residuals that `--tolerance auto` walks along before it refines.
 AUTO_PATH = tuple(float(f"{x:.4g}") for x in np.geomspace(0.003, 0.5, 12))
+# Refusals in a row that end the walk: one may be noise; and rounding to few bits is a lottery, where a little deviation
+# gains nothing for certain and a larger one much.
+PATIENCE, PATIENCE_ROUNDED = 2, 6
 # Seeded draws for each batch size of the stochastic form.
 DRAWS = 3
 
@@ -192,8 +195,7 @@ def automatic(bench: Workbench, full: Layers, fit: Layers, gate: Gate | None, sa
     refused_in_a_row = 0
     for residual in AUTO_PATH:
         refused_in_a_row = 0 if accepted(residual) else refused_in_a_row + 1
-        # Two in a row, because one may be noise.
-        if refused_in_a_row == 2:
+        if refused_in_a_row == (PATIENCE_ROUNDED if gate.rounds else PATIENCE):
             break
     if not judged:
         return exact(full, fit, gate, samples)

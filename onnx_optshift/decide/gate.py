@@ -87,6 +87,11 @@ class Gate:
         self._granted = 2 * tolerance
         self.before = self.run({})
 
+    @property
+    def rounds(self) -> bool:
+        """Whether it is the quantized model that is judged."""
+        return self._quantizer is not None
+
     def _loss(self) -> Loss:
         batch, outputs = next(iter(self._bench.reference(self._samples)))
         labels = batch.labels if self._samples.labels is None else self._samples.labels

@@ -6,7 +6,8 @@ copied, payloads are replaced in the field that holds them, and the copy is seri
 External data goes to a new file named after its own content, never into an existing one. A fixed name would be shared
 by the model that is at OUT now (or by IN, when they are the same file): replacing the data first and the model second
 would leave, in between or after a crash, an old model with new data. A new name is referred to by nobody until the
-model's rename, and two runs with the same result give the same name.
+model's rename, and two runs with the same result give the same name. Once the model is in place, the data of the one
+that it has replaced is removed if nobody else can need it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from onnx_optshift.errors import InputError, closest
 from onnx_optshift.graph.atomic import Written, check_target, sync, system_errors
+from onnx_optshift.graph.bodies import graphs, unique_names
 from onnx_optshift.graph.external import Span, copy_bytes, locate
 from onnx_optshift.graph.leftovers import data_files, data_name, digest, remove_unused
 from onnx_optshift.graph.modelfile import ModelFile
@@ -86,10 +88,11 @@ def write_beside(model: ModelFile, arrays: Arrays, out: Path, *, save_as_externa
         model: The original; its file may be `out` itself.
         arrays: New contents by initializer name, in the tensor's dtype and shape.
         out: Final path.
-        save_as_external: Puts all initializers of 1 KiB and more into one external data file.
+        save_as_external: Puts all initializers of 1 KiB and more, also those of bodies, into one external data file.
 
     Returns:
-        The written files. Nothing stays behind if it is not committed.
+        The written files. Nothing stays behind if it is not committed; once it is, data files of a model that was at
+        `out` before are removed, as far as `leftovers.remove_unused` is certain.
 
     Raises:
         InputError: An array does not fit, or the files cannot be written.
@@ -203,8 +206,9 @@ def _externalized(model: ModelFile, arrays: Arrays, written: Written) -> onnx.Mo
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
     large = {
-        tensor.name
-        for tensor in proto.graph.initializer
+        names[tensor.name]
+        for graph, names in zip(graphs(proto.graph), unique_names(proto.graph), strict=True)
+        for tensor in graph.initializer
         if tensor.data_type != onnx.TensorProto.STRING and raw_size(tensor) >= EXTERNAL_FROM_BYTES
     }
     moving: list[tuple[str, onnx.TensorProto]] = []

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from onnx_optshift.stats.moments import InputMoments
 
+# Columns of a weight that are in the eigenbasis at the same time where only a sum over them is wanted.
+_COLUMNS = 4096
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -164,9 +167,12 @@ def relative_residual(spectrum: Spectrum, before: Tensor, after: Tensor) -> floa
     """
     basis = spectrum.basis
     weights = spectrum.eigenvalues[..., None]
-    # The difference is taken before the product: it is many orders of magnitude smaller than either.
-    moved = float((weights * spectrum.coordinates(after.to(basis) - before.to(basis)).square()).sum())
-    total = float((weights * spectrum.coordinates(before).square()).sum())
+    moved = total = 0.0
+    for start in range(0, before.shape[-1], _COLUMNS):
+        old, new = before[..., start : start + _COLUMNS], after[..., start : start + _COLUMNS]
+        # The difference is taken before the product: it is many orders of magnitude smaller than either.
+        moved += float((weights * spectrum.coordinates(new.to(basis) - old.to(basis)).square()).sum())
+        total += float((weights * spectrum.coordinates(old).square()).sum())
     if total == 0:
         return 0.0 if moved == 0 else math.inf
     return math.sqrt(moved / total)
