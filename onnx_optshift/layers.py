@@ -5,6 +5,7 @@ Joins the ONNX side (weights, taps) with the numerical side (moments, spectra, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -120,8 +121,10 @@ class Waves(Mapping[Tap, InputMoments]):
         return len(self._number)
 
 
-# How often a layer's residual is halved before its shift is given up, where it rounds worse than the original.
-RESIDUAL_HALVINGS = 3
+# Multiplications that a layer's range at one tolerance may cost, where it is only for the report: a tenth of a second.
+MOST_RANGE_WORK = 2e9
+# Smaller residuals that a layer is tried at before its shift is given up, where it rounds worse than the original.
+SMALLER_RESIDUALS = 3
 
 
 class Layers:
@@ -163,6 +166,8 @@ class Layers:
         self.objective = objective
         self._granularity = granularity
         self._grids = tuple(grids)
+        # Rank by weight and residual, for shifts that are known to round worse: the search for a tolerance comes back.
+        self._worse: dict[tuple[str, float], int] = {}
         self._slopes = slopes
         self._keep = keep
         # (the moments it was made from, the factorization): moments that were captured anew make it stale.
@@ -204,15 +209,18 @@ class Layers:
 
     def solve(self, weight: Weight, tolerance: float) -> Solved:
         """The shift of one weight at a residual tolerance or below, rounded once to the initializer's dtype."""
-        solved = self._solve(weight, tolerance)
-        for _ in range(RESIDUAL_HALVINGS):
-            if solved.array is None or not self._rounds_worse(weight, solved.array, tolerance):
-                return solved
-            tolerance /= 2
-            solved = self._solve(weight, tolerance)
-        if solved.array is None or not self._rounds_worse(weight, solved.array, tolerance):
-            return solved
-        return _unmoved(Shift.unchanged(self.matrix(weight), Outcome.ROUNDS_WORSE, rank=solved.shift.rank))
+        if not self._grids:
+            return self._solve(weight, tolerance)
+        rank = 0
+        for residual in _backing_off(tolerance):
+            known = self._worse.get((weight.name, residual))
+            if known is None:
+                solved = self._solve(weight, residual)
+                if solved.array is None or not self._rounds_worse(weight, solved.array, residual):
+                    return solved
+                known = self._worse[weight.name, residual] = solved.shift.rank
+            rank = known
+        return _unmoved(Shift.unchanged(self.matrix(weight), Outcome.ROUNDS_WORSE, rank=rank))
 
     def _rounds_worse(self, weight: Weight, array: NDArray[np.generic], tolerance: float) -> bool:
         """Whether a shifted weight is farther from the original outputs than the original weight, both rounded."""
@@ -283,13 +291,16 @@ class Layers:
             for grid in grids
         ]
 
-    def frontier(self, weight: Weight, tolerances: Sequence[float]) -> list[tuple[float, float, float]]:
-        """(tolerance, norm ratio, range ratio) of the norm objective, from the one factorization; [] without rows."""
+    def frontier(self, weight: Weight, tolerances: Sequence[float]) -> list[tuple[float, float, float | None]]:
+        """(tolerance, norm ratio, range ratio) of the norm objective, from the one factorization; [] without rows.
+
+        For weights of more than `MOST_RANGE_WORK` the range ratio is None.
+        """
         moments = self.moments(weight)
         if moments.nonfinite or moments.rows == 0:
             return []
         path = BallPath(self.spectrum(weight), self.matrix(weight), ROUNDING_UNIT[weight.dtype])
-        return path.frontier(tolerances)
+        return path.frontier(tolerances, ranges=weight.groups * weight.d**2 * weight.m <= MOST_RANGE_WORK)
 
     def singular_values(self, weight: Weight, points: int) -> tuple[float, ...]:
         """Singular values of the rows, as shares of the largest, at most `points` of d; root mean square over groups.
@@ -314,6 +325,14 @@ class Layers:
         """Shifts of all weights, or of those named, at one residual tolerance per layer."""
         chosen = self.weights if names is None else names
         return Candidate({name: self.solve(self.weights[name], tolerance) for name in chosen}, tolerance)
+
+
+def _backing_off(tolerance: float) -> Iterator[float]:
+    """The tolerance, and then powers of two below it: the same for tolerances nearby, so that each is tried once."""
+    yield tolerance
+    if tolerance > 0:
+        highest = math.floor(math.log2(0.75 * tolerance))
+        yield from (2.0 ** (highest - step) for step in range(SMALLER_RESIDUALS))
 
 
 def allowed_error(before: float, granted: float, grid: Grid, fewest: int) -> float:

@@ -136,6 +136,16 @@ def test_the_frontier_is_that_of_the_single_solutions():
         assert widest == pytest.approx(np.abs(w).max() / np.abs(matrix).max(), rel=1e-12)
 
 
+def test_norms_alone_are_those_of_the_solutions():
+    *_, ball = path("deficient")
+    with_ranges = ball.frontier(TOLERANCES)
+    without = ball.frontier(TOLERANCES, ranges=False)
+    assert [t for t, _, _ in without] == list(TOLERANCES)
+    assert [norm for _, norm, _ in without] == pytest.approx([norm for _, norm, _ in with_ranges], rel=1e-9)
+    assert len({norm for _, norm, _ in without}) == len(TOLERANCES)
+    assert {widest for _, _, widest in without} == {None}
+
+
 def test_groups_share_one_ball():
     rows, matrix, ball = path("grouped")
     together = ball.at(0.2)

@@ -51,7 +51,7 @@ def test_a_layer_that_rounds_worse_gets_a_smaller_residual(parts):
     hurt = worse(free, without, FOUR)
     assert hurt  # what the grids are there against
     assert worse(held, solved, FOUR) == set()
-    assert all(solved[name].residual < 0.55 * RESIDUAL for name in hurt)
+    assert all(solved[name].residual < 0.8 * RESIDUAL for name in hurt)
     assert all(solved[name].residual == without[name].residual for name in solved.keys() - hurt)
 
 

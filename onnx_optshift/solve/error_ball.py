@@ -80,21 +80,30 @@ class BallPath:
             coordinates, self._combine(shrink), residual=self._residual(shrink), iterations=iterations
         )
 
-    def frontier(self, tolerances: Iterable[float]) -> list[tuple[float, float, float]]:
+    def frontier(self, tolerances: Iterable[float], *, ranges: bool = True) -> list[tuple[float, float, float | None]]:
         """What each tolerance buys: `(tolerance, norm ratio, range ratio)`, ratios after to before.
 
         The norm ratio costs O(r); the range ratio needs W itself, one d x r x m product.
 
         Args:
             tolerances: In any order.
+            ranges: Whether to compute range ratios; they are None otherwise.
         """
+        if not ranges:
+            return [(tolerance, self._least_norm(tolerance), None) for tolerance in tolerances]
         before = largest_entry(self._coordinates.matrix)
-        points = []
+        points: list[tuple[float, float, float | None]] = []
         for tolerance in tolerances:
             shift = self.at(tolerance)
             ratios = (shift.norm_after / shift.norm_before, shift.range_after / before) if before else (1.0, 1.0)
             points.append((tolerance, *ratios))
         return points
+
+    def _least_norm(self, tolerance: float) -> float:
+        if obstacle(self._coordinates) is not None:
+            return 1.0
+        solution = self._factors(tolerance)
+        return self._norm_ratio(torch.ones_like(self._energies) if solution is None else solution[0])
 
     def _factors(self, tolerance: float) -> tuple[Tensor, int] | None:
         """λ/(λ+μ) of the kept directions and Newton's iterations; None when the exact shift is the solution."""
