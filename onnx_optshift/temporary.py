@@ -72,4 +72,6 @@ def _lives(process: int) -> bool:
         return False
     except (OSError, OverflowError):  # somebody else's, or no number that a process can have: not ours to judge
         return True
+    with suppress(OSError, IndexError):  # dead, and nobody has asked for its status yet
+        return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
     return True

@@ -23,6 +23,15 @@ def record(monkeypatch):
     os.close(file)
 
 
+def left(path, process):
+    """A file as a process of this number would have left it."""
+    own = beside(path).name
+    found = path.with_name(own.replace(f"-{os.getpid()}-", f"-{process}-"))
+    assert found.name != own or process == os.getpid()
+    found.touch()
+    return found
+
+
 @pytest.fixture(scope="module")
 def dead():
     """Number of a process that is no more."""
@@ -55,13 +64,6 @@ def test_cutting_counts_bytes_and_keeps_characters_whole():
 def test_leftovers_of_dead_processes_go_and_others_stay(tmp_path, dead, monkeypatch):
     out = tmp_path / "out.onnx"
 
-    def left(path, process):
-        own = beside(path).name
-        found = path.with_name(own.replace(f"-{os.getpid()}-", f"-{process}-"))
-        assert found.name != own or process == os.getpid()
-        found.touch()
-        return found
-
     long_a, long_b = tmp_path / ("x" * 200 + "a"), tmp_path / ("x" * 200 + "b")
     stale = left(out, dead), left(long_a, dead)
     kept = [left(out, os.getpid()), left(out, 1), left(out, 2**40), left(tmp_path / "other", dead), left(long_b, dead)]
@@ -76,6 +78,20 @@ def test_leftovers_of_dead_processes_go_and_others_stay(tmp_path, dead, monkeypa
     beside(out)
     beside(long_a)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (out, *kept)}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the state of a process is read from /proc")
+def test_a_process_whose_status_nobody_asked_for_is_dead(tmp_path):
+    out = tmp_path / "out.onnx"
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
+        stale = left(out, process.pid)
+        beside(out)
+        assert stale.exists()  # it lives
+        assert process.stdin is not None
+        process.stdin.close()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and still in the list of processes
+        beside(out)
+        assert not stale.exists()
 
 
 def test_a_folder_that_cannot_be_read_is_no_error(tmp_path):

@@ -167,13 +167,18 @@ def main() -> int:
         for number, case in enumerate(CASES):
             Path(name, f"whole{number}").mkdir()
             known[case] = undisturbed(model, Path(name, f"whole{number}", "out.onnx"), case)
-        for number in range(args.kills):
+        number = killed = 0
+        while killed < args.kills:
             case, victim = CASES[number % 3], VICTIMS[number // 3 % 3]
             whole, finished = known[case]
             delay = draw.uniform(0 if number // 9 % 3 == 0 else LAST_PART * whole, 1.05 * whole)
             with tempfile.TemporaryDirectory(dir=name) as folder:
                 out = Path(folder, "out.onnx")
                 outcomes.append(one(model, out, case, victim, delay, finished))
+                ended = outcomes[-1].end == "finished"
+                # How long a run takes changes with what else the machine does: follow it, to hit the last part.
+                known[case] = (whole * (0.95 if ended else 1.01), finished)
+                number, killed = number + 1, killed + (not ended)
                 if outcomes[-1].rest != "clean":
                     subprocess.run(command(model, out, case), check=True)
                     not_cleared += look(out, case, finished) != ("new complete", "clean")

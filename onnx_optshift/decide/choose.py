@@ -303,10 +303,12 @@ def _as_good(gate: Gate, judged: Judged, best: Judged) -> bool:
 
 
 def _largest_as_good(judged: dict[float, Judged], gate: Gate) -> float:
-    quantized = any(after.quantized for after in judged.values())
-    if gate.loss.is_distance and not quantized:
+    if gate.loss.is_distance and not gate.rounds:
         return max(judged)  # the distance always grows with the residual; the gate has already bounded it
     best = min(judged.values(), key=lambda after: float(gate.deciding(after).mean()))
+    if gate.rounds:
+        # That error is what the shift is for: more deviation at nearly the same error is no gain.
+        return next(residual for residual, after in judged.items() if after is best)
     return max(residual for residual, after in judged.items() if _as_good(gate, after, best))
 
 
