@@ -247,15 +247,18 @@ def _layers(bench: Workbench, samples: Samples, settings: Settings) -> Callable[
 
 
 def _granularity(settings: Settings) -> Granularity:
-    if settings.range_block is not None:
-        return Granularity("block", settings.range_block)
-    return Granularity(settings.range_scope)
+    if settings.range_block is None:
+        return Granularity(settings.range_scope)
+    coarsest = min(_judging_grids(settings), key=lambda grid: grid.bits, default=None)
+    return Granularity("block", settings.range_block, coarsest.reach if coarsest else 1.0)
 
 
 def _grids(settings: Settings) -> tuple[Grid, ...]:
     """What the weights are going to be quantized to, as the settings say."""
-    scope = "block" if settings.range_block is not None else settings.range_scope
-    return tuple(Grid(bits, scope, settings.range_block) for bits in settings.quantization_bits)
+    if settings.range_block is None:
+        return tuple(Grid(bits, settings.range_scope) for bits in settings.quantization_bits)
+    # The quantizers that scale by blocks, MatMulNBits before all, use every level: one end of the range rounds badly.
+    return tuple(Grid(bits, "block", settings.range_block, "full") for bits in settings.quantization_bits)
 
 
 def _judging_grids(settings: Settings) -> tuple[Grid, ...]:

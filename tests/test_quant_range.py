@@ -8,6 +8,7 @@ import pytest
 import reference
 import torch
 from cases import FLOAT32
+from scipy.optimize import linprog
 
 from onnx_optshift.errors import InputError
 from onnx_optshift.solve import error_ball, quant_range
@@ -162,3 +163,43 @@ def test_granularities_that_do_not_exist():
         Granularity("row")
     with pytest.raises(InputError, match="blocks of 0"):
         Granularity("block", 0)
+
+
+def uneven(columns, reach):
+    """Widths of columns `[d, m]` whose far side, that of their own largest entry, counts by 1/reach."""
+    up, down = columns.max(0).clip(0), (-columns).max(0).clip(0)
+    return np.maximum(np.maximum(up, down) / reach, np.minimum(up, down))
+
+
+@pytest.mark.parametrize("reach", [8 / 7, 2.0])
+@pytest.mark.parametrize("name", ["fat", "one row", "deficient", "repeated rows"])
+def test_uneven_levels_are_those_of_linear_programming(name, reach):
+    rows, matrix, shift = solved(name, 0.0, reach=reach)
+    basis = np.linalg.svd(rows[0], full_matrices=False)[2][: np.linalg.matrix_rank(rows[0])]
+    width, best = basis.shape[1], []
+    for column in matrix[0].T:
+        sign = -np.sign(column[np.abs(column).argmax()])  # the far side is the negative one of sign * column
+        cost, ones = np.eye(width + 1)[-1], np.ones((width, 1))
+        bounds = np.block([[np.eye(width), -ones], [-np.eye(width), -reach * ones]])
+        equal = np.hstack([basis, np.zeros((len(basis), 1))])
+        program = linprog(
+            cost, bounds, np.zeros(2 * width), equal, basis @ (sign * column), [(None, None)] * width + [(0, None)]
+        )
+        best.append(program.fun)
+    found = uneven(shift.matrix[0].numpy(), reach)
+    assert found.sum() <= sum(best) * (1 + 2 * GAP)
+    np.testing.assert_allclose(
+        rows[0] @ shift.matrix[0].numpy(), rows[0] @ matrix[0], atol=1e-6 * np.abs(matrix).max() * width
+    )
+    # Negative control: the even solution is wider by these levels.
+    assert uneven(solved(name, 0.0)[2].matrix[0].numpy(), reach).sum() > sum(best) * (1 + 4 * GAP)
+
+
+@pytest.mark.parametrize("mode", ["channel", "tensor", "block"])
+@pytest.mark.parametrize("name", ["tall", "fat", "grouped", "dead units"])
+def test_uneven_levels_keep_the_tolerance_and_never_widen(name, mode):
+    rows, matrix, shift = solved(name, 0.1, mode=mode, block=5, reach=4 / 3)
+    assert column_residuals(rows, matrix, shift.matrix.numpy()).max(initial=0) <= 0.1 * (1 + 1e-6)
+    granularity = Granularity(mode, 5, 4 / 3)
+    assert bool((granularity.ranges(shift.matrix) <= granularity.ranges(torch.from_numpy(matrix))).all())
+    assert shift.outcome is Outcome.SHIFTED

@@ -60,19 +60,23 @@ class Granularity:
         mode: "channel", one scale per output column; "block", one per `block` consecutive inputs of a column, of which
             the sum is minimized; "tensor", one for the whole weight.
         block: Inputs per block.
+        reach: How much farther the levels go on one side of 0 than on the other: 1 where they are the same on both, 8/7
+            for -8..7. Each cell has its far side where its own largest weight is. Solutions crowd at the two ends of
+            the range: ends that fall between levels would be rounded by half a step or more, all of them.
 
     Raises:
-        InputError: There is no such mode, or the block is empty.
+        InputError: There is no such mode, the block is empty, or the reach is below 1.
     """
 
     mode: str = "channel"
     block: int = 32
+    reach: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.mode not in {"channel", "block", "tensor"} or self.block < 1:
+        if self.mode not in {"channel", "block", "tensor"} or self.block < 1 or self.reach < 1:
             raise InputError(
-                f"granularity {self.mode!r} with blocks of {self.block} is not usable. "
-                f"Choose channel, block or tensor, and a block of at least 1."
+                f"granularity {self.mode!r} with blocks of {self.block} and a reach of {self.reach:g} is not usable. "
+                f"Choose channel, block or tensor, a block and a reach of at least 1."
             )
 
     def cells(self, matrix: Tensor) -> Tensor:
@@ -92,13 +96,35 @@ class Granularity:
         """Sum of `[..., g, k, m]` over each problem: `[..., g, 1, m]`, or `[..., 1, 1, 1]` for the mode "tensor"."""
         return values.sum((-3, -2, -1) if self.mode == "tensor" else -2, keepdim=True)
 
-    def ranges(self, matrix: Tensor) -> Tensor:
-        """What is minimized: the sum of the cells' max|W|, per problem."""
-        return self.cells(matrix.abs()).amax(2).sum(1, keepdim=True)
+    def sides(self, matrix: Tensor) -> Tensor | None:
+        """Reach above and below 0 of each cell, `[2, problems, cells, 1, columns]`; None where it is 1 everywhere."""
+        if self.reach == 1:
+            return None
+        cells = self.cells(matrix)
+        downwards = (-cells).amax(2, keepdim=True) >= cells.amax(2, keepdim=True)
+        above = torch.where(downwards, 1.0, self.reach).to(matrix)
+        return torch.stack([above, self.reach + 1 - above])
 
-    def dual_norm(self, matrix: Tensor) -> Tensor:
-        """The dual norm of `ranges`: the largest l1 norm of a cell, per problem."""
-        return self.cells(matrix.abs()).sum(2).amax(1, keepdim=True)
+    def ranges(self, matrix: Tensor, sides: Tensor | None = None) -> Tensor:
+        """What is minimized: the sum of the cells' max|W| over the reach of its side, per problem.
+
+        Args:
+            matrix: W `[g, d, m]`.
+            sides: Of `sides`; those of W itself when not given.
+        """
+        sides = self.sides(matrix) if sides is None else sides
+        if sides is None:
+            return self.cells(matrix.abs()).amax(2).sum(1, keepdim=True)
+        cells = self.cells(matrix)
+        above, below = cells.amax(2, keepdim=True), (-cells).amax(2, keepdim=True)
+        widest = torch.maximum(above / sides[0], below / sides[1]).clamp_min(0)
+        return widest.squeeze(2).sum(1, keepdim=True)
+
+    def dual_norm(self, matrix: Tensor, sides: Tensor | None) -> Tensor:
+        """The dual of `ranges` with given sides: the largest sum of a cell's |entries| by their reach, per problem."""
+        cells = self.cells(matrix)
+        weighed = cells.abs() if sides is None else torch.where(cells > 0, sides[0] * cells, -sides[1] * cells)
+        return weighed.sum(2).amax(1, keepdim=True)
 
 
 def solve(
@@ -177,15 +203,16 @@ def narrowest(coordinates: Coordinates, tolerance: float, granularity: Granulari
     for first in range(0, total, step):
         part = slice(first, first + step)
         exact = ellipsoids.columns(part)
-        admm = _Admm((single or ellipsoids).columns(part), granularity)
+        sides = granularity.sides(exact.center)
+        admm = _Admm((single or ellipsoids).columns(part), granularity, sides)
         iterations = max(iterations, admm.run())
         found = exact.nearest(admm.best.to(torch.float64))
-        ranges, given = granularity.ranges(found), granularity.ranges(start[..., part])
+        ranges, given = granularity.ranges(found, sides), granularity.ranges(start[..., part])
         result[..., part] = torch.where(ranges < given, found, start[..., part])
         before += float(given.sum())
         after += float(torch.minimum(ranges, given).sum())
         witness = admm.witness.to(torch.float64)
-        bound += float(_bound(exact, granularity, witness, exact.basis @ witness).clamp_min(0).sum())
+        bound += float(_bound(exact, granularity, sides, witness, exact.basis @ witness).clamp_min(0).sum())
     return Narrowest(result * unit, 1 - after / before, (after - bound) / max(after, 1e-300), iterations)
 
 
@@ -197,17 +224,18 @@ class _Admm:
         witness: Coordinates `[g, k, m]` of the multiplier that gave the highest lower bound.
     """
 
-    def __init__(self, ellipsoids: Ellipsoids, granularity: Granularity) -> None:
+    def __init__(self, ellipsoids: Ellipsoids, granularity: Granularity, sides: Tensor | None) -> None:
         self._ellipsoids, self._granularity = ellipsoids, granularity
         center = ellipsoids.center
+        self._sides = None if sides is None else sides.to(center)
         self.best = torch.zeros_like(center)
         self.witness = torch.zeros_like(ellipsoids.targets)
-        self._narrowest = granularity.ranges(center)
+        self._narrowest = granularity.ranges(center, self._sides)
         self._bound = torch.zeros_like(self._narrowest)
         self._state = torch.zeros_like(center)
         self._multiplier = torch.zeros_like(ellipsoids.radius)  # t = 1/μ of the secular equation
         # Clipping starts at a twentieth of what the l1 norm of V is: within a factor 3 of what adaption ends at.
-        self._rho = 20 / granularity.dual_norm(center).clamp_min(1e-30)
+        self._rho = 20 / granularity.dual_norm(center, self._sides).clamp_min(1e-30)
         self._level = granularity.cells(center.abs()).amax(2, keepdim=True)  # θ
         self._anderson = Anderson(center, granularity.sums)
 
@@ -231,30 +259,35 @@ class _Admm:
         return iteration
 
     def _clip(self, point: Tensor) -> Tensor:
-        """The proximal operator of the range, per cell: entries beyond ±θ are clipped."""
+        """The proximal operator of the range, per cell: entries beyond θ times their side's reach are clipped."""
         cells = self._granularity.cells(point)
-        magnitudes, room = cells.abs(), 1 / self._rho[:, None]
-        level = self._level
+        magnitudes, room, level = cells.abs(), 1 / self._rho[:, None], self._level
+        squares: Tensor | None = None
+        above = below = torch.ones((), dtype=point.dtype, device=point.device)
+        if self._sides is not None:  # with reach r an entry counts by r(|p| - rθ), of slope r² in θ
+            above, below = self._sides
+            reach = torch.where(cells > 0, above, below)
+            magnitudes, squares = magnitudes.mul_(reach), reach.square()
         for _ in range(_MAX_NEWTON):
-            beyond = (magnitudes - level).clamp_min_(0)
+            beyond = (magnitudes - (level if squares is None else squares * level)).clamp_min_(0)
             excess = beyond.sum(2, keepdim=True) - room
-            count = beyond.sign_().sum(2, keepdim=True).clamp_min_(1)
+            slopes = beyond.sign_() if squares is None else beyond.sign_().mul_(squares)
             done = (excess.abs() <= _NEWTON_ACCURACY * room).logical_or_((level == 0) & (excess <= 0)).all()
-            level = (level + excess / count).clamp_min_(0)
+            level = (level + excess / slopes.sum(2, keepdim=True).clamp_min_(1)).clamp_min_(0)
             if bool(done):
                 break
         self._level = level
-        return self._granularity.matrix(torch.clamp(cells, -level, level), point.shape)
+        return self._granularity.matrix(torch.clamp(cells, -below * level, above * level), point.shape)
 
     def _check(self, nearest: Tensor, drawn: Tensor, coordinates: Tensor, dual: Tensor) -> float:
         """Keeps the narrowest weights and the highest bounds; returns the gap between them."""
         center = self._ellipsoids.center
         for candidate in (nearest, drawn):
-            ranges = self._granularity.ranges(center + candidate)
+            ranges = self._granularity.ranges(center + candidate, self._sides)
             better = ranges < self._narrowest
             self.best = torch.where(better, candidate, self.best)
             self._narrowest = torch.where(better, ranges, self._narrowest)
-        bound = _bound(self._ellipsoids, self._granularity, coordinates, dual)
+        bound = _bound(self._ellipsoids, self._granularity, self._sides, coordinates, dual)
         self.witness = torch.where(bound > self._bound, coordinates, self.witness)
         self._bound = torch.maximum(self._bound, bound)
         total = float(self._narrowest.sum())
@@ -281,16 +314,19 @@ class _Admm:
         return True
 
 
-def _bound(ellipsoids: Ellipsoids, granularity: Granularity, coordinates: Tensor, dual: Tensor) -> Tensor:
+def _bound(
+    ellipsoids: Ellipsoids, granularity: Granularity, sides: Tensor | None, coordinates: Tensor, dual: Tensor
+) -> Tensor:
     """Lower bound on the range of any weight within the ellipsoids, per problem.
 
     Args:
         ellipsoids: Of the columns.
         granularity: What is minimized.
+        sides: Of `Granularity.sides`.
         coordinates: -Uᵀy `[g, k, m]`, up to a positive factor.
         dual: -y `[g, d, m]`.
     """
-    norm = granularity.dual_norm(dual)
+    norm = granularity.dual_norm(-dual, sides)
     # The coordinates have the factor λ, so that nothing is divided by a small eigenvalue in earnest.
     steep = torch.where(ellipsoids.eigenvalues > 0, coordinates / ellipsoids.eigenvalues.sqrt(), 0.0)
     steep = torch.linalg.vector_norm(steep, dim=1, keepdim=True)
