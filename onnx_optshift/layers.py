@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
-from onnx_optshift.quantize.error import output_error
+from onnx_optshift.quantize.error import layer_errors
 from onnx_optshift.quantize.rtn import MOST_BITS, Grid
 from onnx_optshift.solve.error_ball import BallPath
 from onnx_optshift.solve.objective import solve_layer
@@ -286,10 +286,7 @@ class Layers:
         if not grids or self.moments(weight).nonfinite or self.moments(weight).rows == 0:
             return []
         spectrum, matrix, shifted = self.spectrum(weight), self.matrix(weight), self.as_matrix(weight, array)
-        return [
-            (grid, output_error(spectrum, matrix, matrix, grid), output_error(spectrum, matrix, shifted, grid))
-            for grid in grids
-        ]
+        return layer_errors(spectrum, matrix, shifted, grids)
 
     def frontier(self, weight: Weight, tolerances: Sequence[float]) -> list[tuple[float, float, float | None]]:
         """(tolerance, norm ratio, range ratio) of the norm objective, from the one factorization; [] without rows.

@@ -5,7 +5,6 @@ What comes out still has its temporary name: the caller renames it when everythi
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 from onnx_optshift.decide.choose import Decision
 from onnx_optshift.errors import ToleranceError
 from onnx_optshift.graph.atomic import Written
+from onnx_optshift.graph.leftovers import digest
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.patch import write_beside
 from onnx_optshift.graph.static_check import unchanged_outside
@@ -80,7 +80,7 @@ def write_and_prove(
             unchanged_outside(bench.model, written.temp_path, arrays)
             difference = bench.deviation(decision.covered, {}, partial(bench.session, written.temp_path))
             proof = verification(difference.results(), floor, decision.tolerance, attempts=attempt, reverted=reverted)
-            sha256 = _sha256(written.temp_path)
+            sha256 = digest(written.temp_path)
             identical = sha256 == bench.model.sha256
             if proof.passed or identical:  # a copy is proved by its bytes, even where the model's outputs are random
                 proof = replace(proof, passed=True, identical_bytes=identical)
@@ -134,7 +134,7 @@ def _missed(proof: Verification) -> str:
 
 def _copy(model: ModelFile, out: Path, *, external: bool) -> Proved:
     written = write_beside(model, {}, out, save_as_external=external)
-    sha256 = _sha256(written.temp_path)
+    sha256 = digest(written.temp_path)
     proof = None
     if sha256 == model.sha256:  # a copy needs no run to be proved
         proof = Verification(passed=True, outputs=(), noise_floor=None, attempts=0, identical_bytes=True)
@@ -150,8 +150,3 @@ def copy_model(source: Path, out: Path) -> Path:
     with write_beside(ModelFile.load(source), {}, out) as written:
         written.commit()
     return out
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -184,11 +184,15 @@ class Workbench:
             What was left out, with the reason.
         """
         looped = [w for w in self.weights if any(use.tap.inside and use.tap.inside.loops for use in w.uses)]
-        skips: list[Skip] = []
-        if not looped or self._captures(looped, samples):
+        if not looped:
             return ()
+        (first,) = samples.select(np.arange(1)).batches(1)
+        self.original.run(first.feeds)  # what the model itself cannot run is no matter of capture
+        if self._captures(looped, first):
+            return ()
+        skips: list[Skip] = []
         for weight in looped:
-            if not self._captures([weight], samples):
+            if not self._captures([weight], first):
                 use = weight.uses[0]
                 reason = (
                     "its input inside a Loop or Scan cannot be stacked over the iterations: "
@@ -199,14 +203,11 @@ class Workbench:
         self.weights = tuple(weight for weight in self.weights if weight.name not in left)
         return tuple(skips)
 
-    def _captures(self, weights: Sequence[Weight], samples: Samples) -> bool:
-        """Whether the inputs of these weights can be captured; the original model must run."""
+    def _captures(self, weights: Sequence[Weight], batch: Batch) -> bool:
+        """Whether the inputs of these weights can be captured on a batch that the original model runs."""
         taps = tuple(dict.fromkeys(use.tap for weight in weights for use in weight.uses))
-        first = samples.select(np.arange(1))
-        for batch in first.batches(1):
-            self.original.run(batch.feeds)
         try:
-            stream(self.capture_session(taps), taps, first.batches(1), lambda *_: None)
+            stream(self.capture_session(taps), taps, [batch], lambda *_: None)
         except InputError:
             return False
         return True

@@ -114,9 +114,10 @@ def test_a_record_that_was_cut_off_does_not_count(record, tmp_path):
     assert record().unfinished == {tmp_path / "whole"}
 
 
-def test_a_journal_that_is_full_is_no_error(monkeypatch):
+def test_a_journal_that_is_full_is_no_error(monkeypatch, tmp_path):
     monkeypatch.setattr(journal, "_file", os.open("/dev/full", os.O_WRONLY) if os.path.exists("/dev/full") else 10**6)
     journal.unfinished(Path("a"))
+    assert beside(tmp_path / "out.onnx").parent == tmp_path  # which is recorded too
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -94,6 +94,13 @@ def test_stochastic_batches_out_of_range_are_refused(size, word):
         run(stochastic=size)
 
 
+def test_no_candidate_is_judged_twice():
+    report = run(tolerance=0.1).report
+    tried = report.heldout_result.tried
+    assert {"all layers in parallel", "layer by layer"} <= {trial.what.split(",")[0] for trial in tried}
+    assert len({trial.loss for trial in tried}) == len(tried)
+
+
 def test_equal_held_out_data_is_noticed():
     report = run(heldout=CALIBRATION).report
     assert any("same fingerprint" in warning for warning in report.warnings)

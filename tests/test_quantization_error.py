@@ -58,11 +58,11 @@ def test_deviation_counts_where_quantization_is_free():
 def test_before_and_after_for_each_bit_width():
     a, v, spectrum = case()
     w = error_ball.solve(spectrum, v, 0.05, 2.0**-24).matrix
-    found = layer_errors(spectrum, v, w, (8, 4, 2))
-    assert [bits for bits, _, _ in found] == [8, 4, 2]
-    for bits, before, after in found:
-        assert before == pytest.approx(by_rows(a, v, round_to_nearest(v, Grid(bits))), rel=1e-6)
-        assert after == pytest.approx(by_rows(a, v, round_to_nearest(w, Grid(bits))), rel=1e-6)
+    found = layer_errors(spectrum, v, w, [Grid(bits) for bits in (8, 4, 2)])
+    assert [grid.bits for grid, _, _ in found] == [8, 4, 2]
+    for grid, before, after in found:
+        assert before == pytest.approx(by_rows(a, v, round_to_nearest(v, Grid(grid.bits))), rel=1e-6)
+        assert after == pytest.approx(by_rows(a, v, round_to_nearest(w, Grid(grid.bits))), rel=1e-6)
     # At 8 bits the deviation of the shift outweighs the rounding it saves.
     assert found[0][2] > 0.04 > found[0][1]
     assert found[-1][1] > found[0][1]
@@ -70,14 +70,16 @@ def test_before_and_after_for_each_bit_width():
 
 def test_an_unmoved_weight_has_one_error():
     _, v, spectrum = case()
-    assert all(before == after for _, before, after in layer_errors(spectrum, v, v.clone(), (8, 4, 3, 2)))
+    grids = [Grid(bits) for bits in (8, 4, 3, 2)]
+    assert all(before == after for _, before, after in layer_errors(spectrum, v, v.clone(), grids))
 
 
 def test_the_grid_is_passed_on():
     _, v, spectrum = case()
-    blocks = layer_errors(spectrum, v, v, (4,), Grid(8, "block", 3))
-    assert blocks == [(4, *2 * [output_error(spectrum, v, v, Grid(4, "block", 3))])]
-    assert blocks != layer_errors(spectrum, v, v, (4,))
+    grid = Grid(4, "block", 3)
+    blocks = layer_errors(spectrum, v, v, [grid])
+    assert blocks == [(grid, *2 * [output_error(spectrum, v, v, grid)])]
+    assert blocks[0][1:] != layer_errors(spectrum, v, v, [Grid(4)])[0][1:]
 
 
 def test_rounding_what_no_row_reads_is_free():
@@ -88,7 +90,7 @@ def test_rounding_what_no_row_reads_is_free():
     moments.update(a)
     spectrum = factor(moments)
     exact = error_ball.solve(spectrum, v, 0.0, 2.0**-24).matrix
-    before, after = layer_errors(spectrum, v, exact, (4,))[0][1:]
+    before, after = layer_errors(spectrum, v, exact, [Grid(4)])[0][1:]
     assert before > 0.9
     assert after < 0.2
 
@@ -103,4 +105,4 @@ def test_no_output_at_all():
 def test_bits_out_of_range_are_refused():
     _, v, spectrum = case()
     with pytest.raises(InputError, match="from 2 to 8, found 16"):
-        layer_errors(spectrum, v, v, (8, 16))
+        layer_errors(spectrum, v, v, [Grid(bits) for bits in (8, 16)])

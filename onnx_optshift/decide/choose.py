@@ -17,7 +17,7 @@ from onnx_optshift.calibration.source import Samples
 from onnx_optshift.decide.draws import balanced_batch, batch_sizes
 from onnx_optshift.decide.gate import Gate, Judged, paired
 from onnx_optshift.decide.recapture import affordable, layer_by_layer
-from onnx_optshift.decide.share import share_out
+from onnx_optshift.decide.share import Shared, share_out
 from onnx_optshift.errors import InputError
 from onnx_optshift.layers import Arrays, Candidate, Layers
 from onnx_optshift.report.model import Trial
@@ -116,16 +116,7 @@ def within(
     that leaves the smaller weights.
     """
     found = [(way, share_out(bench, samples, way.full, tolerance)) for way in ways]
-    way, shared = min(found, key=lambda entry: _squared_norm(entry[1].candidate))
-    if gate is not None and len(found) > 1:
-        # Smaller weights are a means: at equal deviation they were seen to serve held-out data better, and worse.
-        judged = [
-            gate.judge(other.fit(s.candidate.tolerance).arrays, other.name, s.candidate.tolerance)[1]
-            for other, s in found
-        ]
-        least = min(range(len(found)), key=lambda k: float(gate.deciding(judged[k]).mean()))
-        way, shared = found[least]
-    candidate = shared.candidate
+    way, candidate, verdict = _taken(found, gate)
     notes = [
         f"{other.name}: layer residual {s.candidate.tolerance:.3g}, model deviation {s.deviation:.3g}, "
         f"squared norm {_squared_norm(s.candidate):.4f} of the original"
@@ -136,14 +127,15 @@ def within(
         return Decision(candidate, tolerance, samples, notes=tuple(notes))
     residual = candidate.tolerance
     for halving in range(HALVINGS + 1):
-        trial = way.fit(residual)
-        if not trial.arrays:
-            break
-        verdict, _ = gate.judge(trial.arrays, f"all layers at residual {residual:.3g}", residual)
+        if verdict is None:
+            trial = way.fit(residual)
+            if not trial.arrays:
+                break
+            verdict, _ = gate.judge(trial.arrays, f"all layers at residual {residual:.3g}", residual)
         if verdict.accepted:
             chosen = candidate if halving == 0 else way.full(residual)
             return Decision(chosen, tolerance, samples, notes=tuple(notes), judged=verdict)
-        residual /= 2
+        residual, verdict = residual / 2, None
     # One layer's correction for another makes no sense without that other: groups are solved in parallel.
     chosen, trial = ways[0].full(residual), ways[0].fit(residual)
     names, rejected = _groups(
@@ -154,6 +146,22 @@ def within(
         return replace(_exact(ways[0].full(0.0), ways[0].fit(0.0), gate, samples), notes=tuple(notes))
     chosen = chosen.only([*names, *_unmoved(chosen)])
     return Decision(chosen, tolerance, samples, rejected, tuple(notes), _last_accepted(gate))
+
+
+def _taken(found: Sequence[tuple[Strategy, Shared]], gate: Gate | None) -> tuple[Strategy, Candidate, Trial | None]:
+    """The way to go, its candidate, and that candidate's trial where ways were compared on held-out data."""
+    if gate is not None and len(found) > 1:
+        fits = [way.fit(shared.candidate.tolerance) for way, shared in found]
+        if all(fit.arrays for fit in fits):
+            # Smaller weights are a means: at equal deviation they were seen to serve held-out data better, and worse.
+            trials = [
+                gate.judge(fit.arrays, f"{way.name}, at residual {fit.tolerance:.3g}", fit.tolerance)
+                for (way, _), fit in zip(found, fits, strict=True)
+            ]
+            least = min(range(len(found)), key=lambda k: float(gate.deciding(trials[k][1]).mean()))
+            return found[least][0], found[least][1].candidate, trials[least][0]
+    way, shared = min(found, key=lambda entry: _squared_norm(entry[1].candidate))
+    return way, shared.candidate, None
 
 
 def _squared_norm(candidate: Candidate) -> float:

@@ -16,6 +16,7 @@ from typing import Final
 import onnx
 from onnx import NodeProto, helper
 
+from onnx_optshift.graph.bodies import bodies
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.probes import probe_model
 
@@ -61,17 +62,10 @@ def smooth_piece_model(model: ModelFile, weights: Sequence[str]) -> bytes:
 def _read_by(node: NodeProto) -> Iterator[str]:
     """Names that a node reads, also those that its subgraphs take from outside."""
     yield from node.input
-    for graph in _subgraphs(node):
+    for graph in bodies(node):
         for inner in graph.node:
             yield from _read_by(inner)
         yield from (value.name for value in graph.output)
-
-
-def _subgraphs(node: NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.HasField("g"):
-            yield attribute.g
-        yield from attribute.graphs
 
 
 def _renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
@@ -91,7 +85,7 @@ def _copied(node: NodeProto) -> NodeProto:
 
 def _rename(node: NodeProto, names: Mapping[str, str]) -> None:
     node.input[:] = [names.get(name, name) for name in node.input]
-    for graph in _subgraphs(node):
+    for graph in bodies(node):
         for inner in graph.node:
             _rename(inner, names)
         for value in graph.output:

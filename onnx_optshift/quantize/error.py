@@ -8,14 +8,11 @@ a loss, not as a gain.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from torch import Tensor
 
 from onnx_optshift.quantize.rtn import Grid, round_to_nearest
 from onnx_optshift.solve.spectrum import Spectrum, relative_residual
-
-DEFAULT_GRID = Grid(8)
 
 
 def output_error(spectrum: Spectrum, original: Tensor, weight: Tensor, grid: Grid) -> float:
@@ -34,25 +31,20 @@ def output_error(spectrum: Spectrum, original: Tensor, weight: Tensor, grid: Gri
 
 
 def layer_errors(
-    spectrum: Spectrum, original: Tensor, shifted: Tensor, bits: Iterable[int], grid: Grid = DEFAULT_GRID
-) -> list[tuple[int, float, float]]:
+    spectrum: Spectrum, original: Tensor, shifted: Tensor, grids: Iterable[Grid]
+) -> list[tuple[Grid, float, float]]:
     """Output errors under round-to-nearest before and after a shift.
 
     Args:
         spectrum: Eigenbasis of the layer's rows.
         original: V `[g, d, m]`.
         shifted: W `[g, d, m]`, as it stands in the file.
-        bits: Bit widths to try, 2 to 8.
-        grid: Everything about the grid but its bits.
+        grids: The quantizers' levels to try.
 
     Returns:
-        `(bits, error before, error after)` in the order of `bits`, both relative to ‖A V‖_F.
-
-    Raises:
-        InputError: A bit width is out of range.
+        `(grid, error before, error after)` in the order of `grids`, both relative to ‖A V‖_F.
     """
-    grids = [replace(grid, bits=count) for count in bits]
     return [
-        (each.bits, output_error(spectrum, original, original, each), output_error(spectrum, original, shifted, each))
-        for each in grids
+        (grid, output_error(spectrum, original, original, grid), output_error(spectrum, original, shifted, grid))
+        for grid in grids
     ]
