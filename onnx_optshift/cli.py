@@ -11,7 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Never
 
 from onnx_optshift.arguments import DIAGNOSE, INSPECT, PROBES, SHIFT, VERIFY, parse
 from onnx_optshift.errors import InputError, OptShiftError, ToleranceError
-from onnx_optshift.isolation import INTERRUPTED, run_isolated
+from onnx_optshift.isolation import INTERRUPTED, drain, run_isolated
 
 if TYPE_CHECKING:
     from onnx_optshift.report.model import Report
@@ -197,8 +197,7 @@ def _printing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # As the Python documentation has it (signal module, "Note on SIGPIPE").
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        drain(sys.stdout)
         if not isinstance(error, BrokenPipeError):
             reason = error.strerror or str(error)
             raise InputError(f"standard output cannot be written: {reason}. Give --report FILE and --quiet.") from error
@@ -206,10 +205,12 @@ def _printing() -> Iterator[None]:
 
 def _say(message: str, *, verbose: bool) -> None:
     """One message on standard error, after the traceback where that was asked for."""
-    with suppress(OSError):  # nobody listens
+    try:
         if verbose:
             traceback.print_exc()
         print(message, file=sys.stderr, flush=True)
+    except OSError:  # nobody listens
+        drain(sys.stderr)
 
 
 def _print_anything() -> None:

@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType
-from typing import Never
+from typing import Never, TextIO
 
 from onnx_optshift import journal
 from onnx_optshift.errors import InputError
@@ -185,5 +185,19 @@ def _die_by(number: int) -> int:
 
 
 def _say(message: str) -> None:
-    with suppress(OSError, ValueError):
+    try:
         print(_SHOW_CURSOR * sys.stderr.isatty() + message, file=sys.stderr, flush=True)
+    except (OSError, ValueError):  # nobody listens
+        drain(sys.stderr)
+
+
+def drain(stream: TextIO) -> None:
+    """Has a stream that failed lead nowhere, or the interpreter's own flush at the end would change the exit status.
+
+    As the Python documentation has it (signal module, "Note on SIGPIPE").
+
+    Args:
+        stream: Standard output or standard error.
+    """
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
