@@ -9,8 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from onnx_optshift.api import inspect, shift
     from onnx_optshift.errors import DeviceError, InputError, OptShiftError, ToleranceError
-    from onnx_optshift.optimize import inspect, shift
     from onnx_optshift.report.model import Report
     from onnx_optshift.settings import Settings
 
@@ -35,8 +35,8 @@ _HOMES = {
     "Report": "report.model",
     "Settings": "settings",
     "ToleranceError": "errors",
-    "inspect": "optimize",
-    "shift": "optimize",
+    "inspect": "api",
+    "shift": "api",
 }
 
 

@@ -50,7 +50,7 @@ exit status:
   0    done; a model with nothing to gain is written unchanged, with the reason
   2    bad usage or bad input, a crash in a native library, or killed; nothing was written
   3    outputs left the tolerance, backing off did not help; nothing was written
-  130  interrupted; nothing was written""",
+  130  interrupted, 143 terminated; nothing was written""",
     ),
     INSPECT: Command(
         f"{PROGRAM} {INSPECT} IN [options]",
@@ -213,7 +213,7 @@ def _choice_options(add: Add, command: str) -> None:
             type=lambda text: text if text == "auto" else _number(text),
             metavar="EPS|auto",
             help="relative deviation that the outputs may show on calibration data; 0 (default) is exact; auto takes "
-            "the largest that held-out data accepts",
+            "what serves held-out data best",
         )
         add(
             "--stochastic",
@@ -277,18 +277,20 @@ def _choice_options(add: Add, command: str) -> None:
     add("--op-types", metavar="OP", help="only layers of these operators", **_SEVERAL)
     if command == SHIFT:
         add("--dry-run", action="store_true", help="do everything except writing OUT, which may then be left out")
+        add("--force", action="store_true", help="go on where a refusal can be overridden, such as OUT being no model")
         add("--save-as-external-data", action="store_true", help="write the weights to a data file beside OUT")
 
 
 def _resource_options(add: Add) -> None:
     add("--device", metavar="DEVICE", help="auto (default), cpu, cuda or cuda:N; never falls back silently")
+    add("--allow-cpu-fallback", action="store_true", help="with --device cuda: let single nodes run on the CPU")
     add("--providers", metavar="EP", help="ONNX Runtime execution providers, in order", **_SEVERAL)
     add("--batch-size", type=_whole, metavar="N", help="samples per run of the model (default: chosen by memory)")
     add(
         "--max-memory",
         type=_size,
         metavar="SIZE",
-        help="what the run may take, in bytes or as 512M, 2G (powers of 1024)",
+        help="what the process may take at its peak, in bytes or as 512M, 2G (powers of 1024)",
     )
     add("--seed", type=_whole, metavar="N", help="seed of all random choices (default 0)")
     add("--custom-op-library", metavar="FILE", help="shared library with the model's custom operators")
@@ -303,7 +305,8 @@ def _output_options(add: Add) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="write the whole report to this file, as .json or as .html for people; may be given several times",
+        help="write the whole report to this file, as .json or as .html for people, or as JSON to standard output (-); "
+        "may be given several times",
     )
     add("--quiet", action="store_true", default=False, help="print errors only")
     add("--verbose", action="store_true", default=False, help="print more: trials, all skips, tracebacks of errors")

@@ -11,14 +11,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
 from onnx_optshift.arguments import DIAGNOSE, INSPECT, PROBES, SHIFT, VERIFY, parse
-from onnx_optshift.errors import InputError, OptShiftError, ToleranceError
+from onnx_optshift.errors import InputError, OptShiftError
 from onnx_optshift.isolation import INTERRUPTED, drain, run_isolated
 
 if TYPE_CHECKING:
@@ -74,16 +74,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OptShiftError as error:
         _say(f"error: {error}", verbose=verbose)
         return error.exit_code
-    except MemoryError:
-        hint = "Lower --batch-size or --max-samples, or take fewer layers at a time with --nodes-to-include."
-        _say(f"error: out of memory. {hint}", verbose=verbose)
-        return InputError.exit_code
     except Exception as error:
+        if _out_of_memory(error):
+            hint = "Lower --batch-size or --max-memory, or take fewer layers at a time with --nodes-to-include."
+            _say(f"error: out of memory; nothing was written. {hint}", verbose=verbose)
+            return InputError.exit_code
         text = " ".join(str(error).split())
         hint = "" if verbose else "; run with --verbose for the traceback"
         _say(f"error: internal error: {type(error).__name__}: {text}{hint}", verbose=verbose)
         return InputError.exit_code
     return DONE
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Also torch's own ways to say so, which are plain RuntimeErrors on the host."""
+    text = str(error)
+    torch_says = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "CUDA out of memory" in text)
+    return isinstance(error, MemoryError) or torch_says
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:
@@ -96,10 +103,11 @@ def _parsed(words: list[str]) -> argparse.Namespace:
 
 
 def _shift(args: argparse.Namespace) -> None:
-    from onnx_optshift import optimize
+    from onnx_optshift.commands import shift
 
     model, out = args.files
-    result = optimize.run(model, out, args.calibration, args.heldout, args.settings, _progress(args))
+    data = (args.calibration, args.heldout)
+    result = shift.run(model, out, *data, args.settings, _progress(args), reports=args.report)
     written = "" if args.settings.dry_run else f"{out} was written and verified, its report was not"
     try:
         _publish(result.report, args)
@@ -110,39 +118,26 @@ def _shift(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from onnx_optshift import optimize
+    from onnx_optshift.commands.inspect import inspect
 
-    _publish(optimize.inspect(args.files[0], args.calibration, args.settings, _progress(args)), args)
+    _publish(inspect(args.files[0], args.calibration, args.settings, _progress(args)), args)
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from onnx_optshift import audit
+    from onnx_optshift.commands.verify import judge, verify
 
     original, changed = args.files
-    report = audit.compare(original, changed, args.calibration, args.settings, _progress(args), baseline=args.baseline)
+    report = verify(original, changed, args.calibration, args.settings, _progress(args), baseline=args.baseline)
     _publish(report, args)
-    if report.drift is not None and report.drift["limit"] is not None:
-        if not report.drift["passed"]:
-            raise ToleranceError(
-                f"verify: the drift is {report.drift['figure']:.3g}, allowed is {report.drift['limit']:.3g}: the model "
-                "meets data unlike its calibration data. Look at the worst samples in the report; if they are genuine, "
-                "shift the original again with data like them."
-            )
-        return
-    proof = report.verification
-    if proof is None or not proof.passed:
-        failed = [output for output in proof.outputs if not output.passed] if proof else []
-        names = ", ".join(f"{o.name!r} by {o.rel:.3g} (allowed {o.bound:.3g})" for o in failed)
-        raise ToleranceError(f"verify: outputs of the two models differ: {names or 'nothing was compared'}.")
+    judge(report)
 
 
 def _diagnose(args: argparse.Namespace) -> None:
-    from onnx_optshift.diagnose import run
+    from onnx_optshift.commands.diagnose import diagnose
 
+    model = args.files[0]
     probes = args.settings.flatness or PROBES
-    report = run.diagnose(
-        args.files[0], args.calibration, args.heldout, args.settings, probes=probes, progress=_progress(args)
-    )
+    report = diagnose(model, args.calibration, args.heldout, args.settings, probes, _progress(args))
     _publish(report, args)
 
 
@@ -157,7 +152,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
 def _progress(args: argparse.Namespace) -> Progress:
     from onnx_optshift.report.progress import Noted, progress_for
 
-    return Noted(progress_for(quiet=args.quiet, verbose=args.verbose))
+    return Noted(progress_for(quiet=args.quiet))
 
 
 def _publish(report: Report, args: argparse.Namespace) -> None:
@@ -167,24 +162,18 @@ def _publish(report: Report, args: argparse.Namespace) -> None:
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     report = replace(report, tool=replace(report.tool, command=args.command_line, finished=finished))
     path: Path
-    for path in args.report:
-        files.write(report, path)
-    if args.quiet:
+    for path in sorted(args.report, key=lambda path: path == files.STDOUT):
+        with _printing() if path == files.STDOUT else nullcontext():
+            files.write(report, path)
+    if args.quiet or files.STDOUT in args.report:
         return
-    from rich.console import Console
+    from onnx_optshift.report import terminal
 
-    from onnx_optshift.report import terminal, terminal_diagnose
-
-    renderers = {INSPECT: terminal.render_inspect, DIAGNOSE: terminal_diagnose.render_diagnose}
-    show = renderers.get(args.command, terminal.render)
-    console = Console(highlight=False)
+    console = terminal.console()
     with _printing():
         with console.capture() as text:
-            show(report, console, verbose=args.verbose)
-            if args.command == SHIFT and report.flatness is not None:
-                terminal_diagnose.render_flatness(report.flatness, console)
-        # Tables are padded to the full width, which only shows where the text is kept.
-        print("\n".join(line.rstrip() for line in text.get().strip().splitlines()), flush=True)
+            terminal.render(report, console, verbose=args.verbose)
+        print(text.get(), end="", flush=True)
 
 
 @contextmanager

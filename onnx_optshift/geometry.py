@@ -10,8 +10,9 @@ Both are plain data without tensors: the only language that the ONNX side (`grap
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
@@ -127,6 +128,24 @@ class Tap:
     groups: int
     width: int
     inside: Inside | None = None
+
+    @property
+    def key(self) -> str:
+        """One line of ASCII text: the same for equal taps in every process, another for every other tap."""
+        return json.dumps(_plain(self), separators=(",", ":"))
+
+
+def _plain(part: Tap | RowForm | Inside) -> list[object]:
+    """The name and the fields of a part of a tap; floats by their bits, which no formatting can change."""
+    result: list[object] = [type(part).__name__]
+    for field in fields(part):
+        value = getattr(part, field.name)
+        if isinstance(value, RowForm | Inside):
+            value = _plain(value)
+        elif field.name == "scale":
+            value = (float(value) + 0.0).hex()  # -0.0 equals 0.0
+        result.append(value)
+    return result
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import atexit
 import os
-import shutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Never, TextIO
 
 from onnx_optshift import journal
 from onnx_optshift.errors import InputError
+from onnx_optshift.write import leftovers
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # A terminal's Ctrl-C reaches both processes, and the parent passes its own on: two this close [s] are one.
@@ -32,18 +33,18 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def run_isolated(work: Callable[[], int]) -> int:
     """Does some work in a child process, and waits for it.
 
-    SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed on. Whatever the child left unfinished is removed. On Linux the child
-    does not outlive its parent.
+    SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed on. Whatever the child left unfinished is removed. The child does not
+    outlive its parent.
 
     Args:
-        work: Returns an exit status. It runs right here where processes cannot fork (Windows), or not safely (macOS,
-            whose frameworks must not be used on both sides of a fork).
+        work: Returns an exit status. It runs right here on systems other than Linux, which cannot fork (Windows) or not
+            safely (macOS, whose frameworks must not be used on both sides of a fork).
 
     Returns:
-        The work's status. If a signal killed it: 130 for SIGINT, and 2 for a crash or SIGKILL, each with one message on
-        standard error. Another signal that asks to end kills this process too.
+        The work's status. If a signal killed it, with one message on standard error: 128 + the signal's number for
+        those that ask to end (130 for SIGINT, 143 for SIGTERM), and 2 for a crash or SIGKILL.
     """
-    if not hasattr(os, "fork") or sys.platform == "darwin":
+    if sys.platform != "linux":
         return work()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # or the child would write it again
@@ -72,16 +73,13 @@ def run_isolated(work: Callable[[], int]) -> int:
     for end in ends:
         signal.signal(end, signal.SIG_IGN)  # the last words take no time
     record = journal.read(records)
-    _tidy(record)
+    for name in record.unfinished:
+        leftovers.remove(Path(name))
     return code if code >= 0 else _answer(-code, record)
 
 
 def _requests() -> tuple[signal.Signals, ...]:
     return (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-
-
-def _crashes() -> tuple[signal.Signals, ...]:
-    return (signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 
 def _pass_on(child: int, number: int) -> None:
@@ -90,9 +88,7 @@ def _pass_on(child: int, number: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Has the kernel kill this process when its parent dies, where it can."""
-    if sys.platform != "linux":
-        return
+    """Has the kernel kill this process when its parent dies."""
     import ctypes
 
     with suppress(OSError, AttributeError):
@@ -138,26 +134,16 @@ def _work_and_exit(work: Callable[[], int]) -> Never:
             os._exit(status)
 
 
-def _tidy(record: journal.Record) -> None:
-    for path in record.unfinished:
-        with suppress(OSError):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
-
 def _answer(number: int, record: journal.Record) -> int:
     """Says what a signal did to the child, and returns the exit status."""
-    written = f"{record.placed} was written and verified before" if record.placed else "nothing was written"
-    if number == signal.SIGINT:
-        _say(f"interrupted: {written}")
-        return INTERRUPTED
+    placed = " and ".join(record.placed)
+    written = f"{placed} was written before" if placed else "nothing was written"
     if number in _requests():
-        return _die_by(number)
+        _say(f"{'interrupted' if number == signal.SIGINT else 'terminated'}: {written}")
+        return 128 + number
     if number == signal.SIGKILL:
         what, hint = "killed", "Memory most likely ran out: give --max-memory, or a smaller --batch-size."
-    elif number in _crashes():
+    elif number in {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}:
         what = "a native library crashed"
         hint = "Check that the model runs in ONNX Runtime alone; --verbose shows the place."
     else:
@@ -171,17 +157,6 @@ def _name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:  # real-time signals have none
         return f"signal {number}"
-
-
-def _die_by(number: int) -> int:
-    """Ends as if there had been one process; returns only where the system spares it, as it does process 1."""
-    import resource
-
-    with suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # there is nothing to see in this one
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
-    return 128 + number
 
 
 def _say(message: str) -> None:

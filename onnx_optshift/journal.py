@@ -1,4 +1,4 @@
-"""What a run tells while it runs: its stage and its unfinished files, for the process that waits for it.
+"""What a run tells while it runs: its stage, its unfinished files and what it has placed, for the process that waits.
 
 The records outlive a crash: they are in a nameless file that both processes hold. Without one nothing is recorded.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 _file: int | None = None
@@ -23,13 +23,21 @@ class Record:
 
     Attributes:
         place: The last stage as words, such as "during capture"; "at the start" before the first.
-        unfinished: Files and folders that are debris now, whether or not they still exist.
-        placed: The last file that was put in its final place; None when there was none.
+        unfinished: Work names (of `write.atomic`) that were taken, whether or not anything of them still exists.
+        placing: Final places and inode numbers of files whose rename was about to happen.
     """
 
     place: str = "at the start"
-    unfinished: set[Path] = field(default_factory=set)
-    placed: Path | None = None
+    unfinished: list[str] = field(default_factory=list)
+    placing: list[tuple[str, int]] = field(default_factory=list)
+
+    @property
+    def placed(self) -> list[str]:
+        """The files that got their final places: a rename keeps the inode number."""
+        return [path for path, inode in self.placing if os.path.exists(path) and os.stat(path).st_ino == inode]
+
+
+_record = Record()
 
 
 def open_new() -> int:
@@ -41,92 +49,51 @@ def open_new() -> int:
     Raises:
         OSError: The system has no room for it.
     """
-    if sys.platform == "linux":
+    if hasattr(os, "memfd_create"):  # not in every build of Python for Linux
         return os.memfd_create("journal")  # also where every disk is full
-    import tempfile
-
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 
 
 def write_to(descriptor: int) -> None:
-    """Makes this process record what it does, for good.
-
-    Args:
-        descriptor: Of `open_new`.
-    """
+    """Makes this process record what it does, for good; `descriptor` is of `open_new`."""
     global _file
     _file = descriptor
 
 
 @contextmanager
 def stage(name: str) -> Iterator[None]:
-    """Records that the block is one stage of the work; stages may lie in stages.
-
-    Args:
-        name: As the user is told.
-    """
+    """Records that the block is one stage of the work, `name` as the user is told; stages may lie in stages."""
     _stages.append(name)
-    _add("place", f"during {name}")
+    _save(place=f"during {name}")
     try:
         yield
     finally:
         _stages.pop()
-        _add("place", f"during {_stages[-1]}" if _stages else f"after {name}")
+        _save(place=f"during {_stages[-1]}" if _stages else f"after {name}")
 
 
-def unfinished(path: Path) -> None:
-    """Records a file or folder before it is made: debris if this process dies before it removes or places it."""
-    _add("unfinished", os.path.abspath(path))
+def unfinished(work_name: Path) -> None:
+    """Records a work name before anything of it is made: debris if this process dies."""
+    _save(unfinished=[*_record.unfinished, os.path.abspath(work_name)])
 
 
-def removed(*paths: Path) -> None:
-    """Records that unfinished files are gone, so that their names may be taken by somebody else."""
-    _add("removed", *map(os.path.abspath, paths))
+def placing(temporary: Path, final: Path) -> None:
+    """Records that `temporary` is about to be renamed to `final`."""
+    _save(placing=[*_record.placing, (os.path.abspath(final), temporary.stat().st_ino)])
 
 
-def placing(temporary: Path, final: Path, data_files: list[Path]) -> None:
-    """Records that a rename is about to happen: once `temporary` has gone, the others are finished.
-
-    Args:
-        temporary: The file's name before.
-        final: And after.
-        data_files: Unfinished files that belong to it.
-    """
-    _add("placing", *map(os.path.abspath, (temporary, final, *data_files)))
-
-
-def _add(kind: str, *words: str) -> None:
-    if _file is not None:
-        with suppress(OSError):  # a run does not fail for want of its journal
-            os.write(_file, json.dumps([kind, *words]).encode() + b"\n")
+def _save(**changed: object) -> None:
+    """Appends the whole record: the last complete line is the one that counts."""
+    if _file is None:
+        return
+    for name, value in changed.items():
+        setattr(_record, name, value)
+    with suppress(OSError):  # a run does not fail for want of its journal
+        os.write(_file, json.dumps(asdict(_record)).encode() + b"\n")
 
 
 def read(descriptor: int) -> Record:
-    """Reads the journal of a process that has ended.
-
-    Args:
-        descriptor: Of `open_new`.
-    """
-    record = Record()
-    placings: dict[Path, tuple[Path, set[Path]]] = {}
+    """Reads the journal of a process that has ended; `descriptor` is of `open_new`."""
     whole, _, _ = os.pread(descriptor, os.fstat(descriptor).st_size, 0).rpartition(b"\n")
-    for line in whole.splitlines():
-        kind, *words = json.loads(line)
-        paths = list(map(Path, words))
-        if kind == "place":
-            record.place = words[0]
-        elif kind == "unfinished":
-            record.unfinished.update(paths)
-        elif kind == "removed":
-            record.unfinished.difference_update(paths)
-            for path in paths:
-                placings.pop(path, None)
-        else:
-            temporary, final, *data_files = paths
-            placings[temporary] = (final, set(data_files))
-    for temporary, (final, belonging) in placings.items():
-        if not temporary.exists():
-            record.unfinished -= belonging
-            record.placed = final
-    return record
+    return Record(**json.loads(whole.rpartition(b"\n")[2])) if whole else Record()

@@ -24,7 +24,7 @@ class Settings:
     Attributes:
         tolerance: Relative deviation (Frobenius, no unit, 0 to 1) that the model's outputs may show on calibration
             data. 0, the default, is exact: equal up to the runtime's own noise, because a pass that changes outputs
-            must be asked for. `"auto"` takes the largest that held-out data accepts.
+            must be asked for. `"auto"` takes what serves held-out data best.
         objective: What is made small: `"norm"`, the default, the Frobenius norm; `"range"` the largest absolute
             weight of each output channel, which is what a quantizer scales by; `"curvature"` the Frobenius norm
             weighed by how far earlier weights move the layer's input.
@@ -36,14 +36,18 @@ class Settings:
         device: `"auto"`, `"cpu"`, `"cuda"` or `"cuda:N"`. `"auto"`, the default, says what it took and why; CUDA that
             was asked for and cannot be had is an error.
         providers: ONNX Runtime execution providers in order of preference; empty, the default, follows `device`.
+        allow_cpu_fallback: Whether single nodes may run on the CPU although a CUDA device was asked for by name; False,
+            the default, makes them an error, since captures would be slower than they look.
         batch_size: Samples per run of the model; None, the default, chooses by memory.
         max_samples: Calibration samples to use at most; None, the default, takes all, as the promise covers them all.
-        max_memory: Bytes that the run may take; None, the default, is a share of what is free at the start.
+        max_memory: Bytes that the process may take at its peak, interpreter and libraries included; None, the default,
+            is a share of what is free at the start.
         seed: Of the held-out split, of draws and of random inputs. Fixed, 0, so that two runs give the same file.
         labels: Name of the labels' array in calibration and held-out data.
         save_as_external_data: Whether weights go to a data file beside the model; False keeps the original's way,
             so that nothing changes but the shifted weights.
         dry_run: Whether everything runs except that no model is written.
+        force: Whether to go on where a refusal that names this can be overridden; False, the default.
         heldout_fraction: Share of the calibration samples (0 to 1, exclusive) that judges where no held-out data is
             given. A fifth, the usual share of a five-fold split, leaves most rows to find the freedom with.
         custom_op_library: Shared library with the model's custom operators; None when it has none.
@@ -71,6 +75,7 @@ class Settings:
     op_types: tuple[str, ...] = ()
     device: str = "auto"
     providers: tuple[str, ...] = ()
+    allow_cpu_fallback: bool = False
     batch_size: int | None = None
     max_samples: int | None = None
     max_memory: int | None = None
@@ -78,6 +83,7 @@ class Settings:
     labels: str = "labels"
     save_as_external_data: bool = False
     dry_run: bool = False
+    force: bool = False
     heldout_fraction: float = 0.2
     custom_op_library: str | None = None
     quantization_bits: tuple[int, ...] = ()
@@ -131,7 +137,7 @@ class Settings:
             self._replace("range_block", _integer("range_block", self.range_block, 1))
         if self.max_drift is not None and (not _is_number(self.max_drift) or not self.max_drift >= 0):
             raise InputError(f"max_drift: expected a number of at least 0, found {self.max_drift!r}. Try 0.3.")
-        for name in ("save_as_external_data", "dry_run"):
+        for name in ("save_as_external_data", "dry_run", "force", "allow_cpu_fallback"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}: expected True or False, found {getattr(self, name)!r}.")
         if not _is_number(self.heldout_fraction) or not 0 < self.heldout_fraction < 1:

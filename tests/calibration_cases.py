@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from onnx_optshift.calibration.source import InputSpec
+from onnx_optshift.calibration.inputs import InputSpec
 
 X = InputSpec("x", np.dtype(np.float32), ("batch", 3))
 IDS = InputSpec("ids", np.dtype(np.int64), ("batch", "time"))
@@ -58,15 +58,6 @@ def write_npy_by_name(folder: Path, stacked: dict[str, np.ndarray]) -> Path:
     root.mkdir()
     for name, array in stacked.items():
         np.save(root / f"{name}.npy", array)
-    return root
-
-
-def write_npy_folders(folder: Path, stacked: dict[str, np.ndarray]) -> Path:
-    root = folder / "npy_folders"
-    for name, array in stacked.items():
-        (root / name).mkdir(parents=True)
-        for i in range(len(array)):
-            np.save(root / name / f"{i}.npy", array[i : i + 1])
     return root
 
 
@@ -144,8 +135,7 @@ FILES = {
     "Polygraphy JSON folder": write_json_folder,
     "script": write_script,
 }
-# These have no place for labels.
-FILES_WITHOUT_LABELS = {"test_data_set folders": write_test_sets, "npy folders named as inputs": write_npy_folders}
+FILES_WITHOUT_LABELS = {"test_data_set folders": write_test_sets}  # there is no place for them
 
 PYTHON = {
     "dict of arrays": lambda stacked: stacked,

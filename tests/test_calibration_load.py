@@ -1,6 +1,8 @@
 import itertools
 import subprocess
 import sys
+import tracemalloc
+from collections import deque
 
 import numpy as np
 import pytest
@@ -19,7 +21,7 @@ from calibration_cases import (
     write_test_sets,
 )
 
-from onnx_optshift.calibration import files
+from onnx_optshift.calibration.inputs import InputSpec
 from onnx_optshift.calibration.load import beside, load
 from onnx_optshift.errors import InputError
 
@@ -61,7 +63,7 @@ def test_chained_files_are_one_collection(tmp_path):
     assert len(samples) == 12
     assert samples.source == f"{tmp_path / 'data.npz'}, {tmp_path / 'json'}"
     assert samples.select(range(6)).fingerprint == samples.select(range(6, 12)).fingerprint
-    assert load([[str(tmp_path / "data.npz"), tmp_path / "data.npz"]], INPUTS).classes == 3
+    assert len(list(samples.batches(4))) == 2 + 6  # JSON holds feeds, which are run one by one
 
 
 def test_one_array_for_a_model_with_one_input(tmp_path):
@@ -80,49 +82,56 @@ def test_one_array_for_a_model_with_one_input(tmp_path):
 def test_samples_pass_through():
     samples = load([arrays()], INPUTS)
     assert load([samples], INPUTS) is samples
+    with pytest.raises(InputError, match="not calibration data"):
+        load([samples, arrays()], INPUTS)
 
 
-@pytest.mark.parametrize("kind", ["npz", "json", "pb"])
-def test_folders_are_read_one_file_at_a_time(kind, tmp_path, monkeypatch):
-    write, name = {
-        "npz": (write_npz_folder, "read_npz"),
-        "json": (write_json_folder, "_read_json"),
-        "pb": (write_test_sets, "_read_test_set"),
-    }[kind]
-    reads = []
+@pytest.mark.parametrize("write", [write_npz_folder, write_json_folder, write_test_sets])
+def test_folders_are_read_one_file_at_a_time(write, tmp_path):
+    wide = InputSpec("x", X.dtype, ("batch", 250_000))  # 1 MB a sample
+    folder = write(tmp_path, {"x": np.ones((12, 250_000), np.float32)})
+    per_file = 8e6 if write is write_json_folder else 4e6  # text, its bytes and the array together
 
-    class Counted(np.ndarray):
-        alive = peak = 0
+    def peak(use):
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        use()
+        return tracemalloc.get_traced_memory()[1] - before
 
-        def __del__(self):
-            Counted.alive -= self.base is None
+    tracemalloc.start()
+    try:
+        found = []
+        assert peak(lambda: found.append(load([folder], [wide]))) < per_file
+        (samples,) = found
+        assert peak(lambda: deque(samples.batches(1), maxlen=0)) < per_file
+        assert peak(lambda: samples.fingerprint) < per_file
+        assert peak(lambda: list(samples.batches(1))) > 11e6  # what the bound looks like when every batch is kept
+    finally:
+        tracemalloc.stop()
 
-    real = getattr(files, name)
 
-    def counting(*args):
-        found = real(*args)
-        for one in found if isinstance(found, list) else [found]:
-            tracked = np.ndarray.__new__(Counted, one["x"].shape, one["x"].dtype)
-            tracked[...] = one["x"]
-            Counted.alive += 1
-            Counted.peak = max(Counted.peak, Counted.alive)
-            one["x"] = tracked
-        reads.append(1)
-        return found
+@pytest.mark.parametrize(
+    ("arrays_given", "name", "message"),
+    [
+        (
+            arrays(labels=True),
+            "label",
+            r"no array 'label' with labels.*found 'x', 'ids', 'labels'\. Close matches: 'lab",
+        ),
+        (arrays(), "y", r"data\.npz: no array 'y' with labels"),
+        (arrays(labels=True), "ids", "no array 'ids' with labels. Expected it beside the model's inputs"),
+    ],
+)
+def test_labels_that_were_asked_for_must_be_there(arrays_given, name, message, tmp_path):
+    path = write_npz(tmp_path, arrays_given)
+    assert load([path], INPUTS, labels_name=name).labels is None
+    with pytest.raises(InputError, match=message):
+        load([path], INPUTS, labels_name=name, labels_required=True)
 
-    monkeypatch.setattr(files, name, counting)
-    # `np.asarray` strips the subclass but keeps the tracked array as its base, so that views keep it alive.
-    samples = load([write(tmp_path, arrays())], INPUTS)
-    count = len(reads)
-    assert Counted.alive == 0
-    batches = samples.batches(1)
-    while next(batches, None) is not None:  # unlike a for loop, drops each batch before it asks for the next
-        pass
-    assert len(reads) > count
-    assert Counted.peak == 1
-    held = list(samples.batches(1))  # what the bound looks like when a user keeps every batch
-    assert Counted.peak >= 4
-    del held
+
+def test_labels_that_were_asked_for_and_are_there():
+    found = load([arrays(labels=True)], INPUTS, labels_name="labels", labels_required=True).labels
+    np.testing.assert_array_equal(found, arrays(labels=True)["labels"])
 
 
 def test_a_folder_file_damaged_later_is_an_input_error(tmp_path):

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 from calibration_cases import INPUTS, X, arrays, feeds
 
+from onnx_optshift.calibration.inputs import InputSpec, describe, fixed_batch, why_feeds
 from onnx_optshift.calibration.load import load
-from onnx_optshift.calibration.source import InputSpec, describe, fixed_batch, why_feeds
+from onnx_optshift.calibration.source import Part, Samples
 from onnx_optshift.errors import InputError
 
 F32 = np.dtype(np.float32)
@@ -47,6 +48,7 @@ def test_fixed_batch_dimension_is_filled_with_the_last_sample():
     samples = load([{"x": x, "labels": np.arange(6)}], [spec])
     full, last = samples.batches(64)
     assert (full.padding, last.padding) == (0, 2)
+    assert (full.rows, full.size, last.rows, last.size) == (4, 4, 2, 4)
     assert full.feeds["x"].shape == last.feeds["x"].shape == (4, 3)
     np.testing.assert_array_equal(last.feeds["x"], x[[4, 5, 5, 5]])
     np.testing.assert_array_equal(last.indices, [4, 5])
@@ -90,6 +92,7 @@ def test_ragged_feeds_stay_whole_and_count_as_one_sample_each():
     batches = list(samples.batches(64))
     assert [batch.feeds["ids"].shape for batch in batches] == [(1, 4), (4, 1), (2, 3)]
     assert [batch.indices.tolist() for batch in batches] == [[0], [1], [2]]
+    assert all(batch.rows == batch.size == 1 for batch in batches)
     assert [b.feeds["x"][0, 0] for b in samples.select([2, 0]).batches(1)] == [2, 1]
 
 
@@ -108,10 +111,8 @@ def test_feeds_and_stacked_arrays_may_be_chained():
     sizes = [len(batch.feeds["x"]) for batch in samples.batches(4)]
     assert sizes == [4, 2, 1, 4, 2, 4, 2]
     view = samples.select([14, 7, 0, 1])
-    again = load([view, data], INPUTS)  # a view keeps its own order when it is chained
-    np.testing.assert_array_equal(next(again.batches(9)).feeds["x"], data["x"][[5]])
-    assert len(again) == 10
-    assert again.select(range(4)).fingerprint == view.fingerprint
+    np.testing.assert_array_equal(next(view.batches(9)).feeds["x"], data["x"][[5]])
+    assert [batch.rows for batch in view.batches(9)] == [1, 1, 2]
 
 
 def test_labels_inside_feeds():
@@ -174,6 +175,34 @@ def test_fingerprint_sees_every_change(other):
 def test_fingerprint_tells_apart_a_feed_of_two_rows_from_two_feeds():
     data = {k: v[:2] for k, v in arrays().items()}
     assert load([[data]], INPUTS).fingerprint != load([feeds(data)], INPUTS).fingerprint
+
+
+def test_distinct_counts_inputs_whatever_their_labels_and_storage():
+    data = {"x": np.float32([[1, 1, 1], [2, 2, 2], [1, 1, 1], [-0.0, 0, 0], [0, 0, 0], [1, 1, 1]])}
+    specs, labels = [X], {"labels": np.arange(6)}
+    for source in (data, data | labels, feeds(data | labels)):
+        samples = load([source], specs)
+        assert samples.distinct == 4  # -0.0 has other bytes than 0.0
+        assert samples.select([0, 2, 5]).distinct == 1
+        assert samples.select([0, 0, 1]).distinct == 2
+    both = load([data, feeds(data)], specs)
+    assert (len(both), both.distinct) == (12, 4)
+    assert load([{"x": np.ones((1000, 3), np.float32)}], specs).distinct == 1
+    assert load([arrays()], INPUTS).distinct == 6
+
+
+def test_each_sample_is_digested_once_for_all_views():
+    reads = []
+    x = np.arange(18, dtype=np.float32).reshape(6, 3)
+    parts = [Part(3, True, lambda s=s: reads.append(s) or {"x": x[s : s + 3]}) for s in (0, 3)]
+    samples = Samples(parts, source="counted")
+    assert samples.select([0, 1]).distinct == 2
+    assert reads == [0]
+    prints = samples.fingerprint, samples.select([5, 1]).fingerprint
+    assert reads == [0, 0, 3]  # row 2 was still unread
+    assert samples.distinct == 6
+    assert len(reads) == 3
+    assert prints == (load([{"x": x}], [X]).fingerprint, load([{"x": x[[5, 1]]}], [X]).fingerprint)
 
 
 def test_text_fingerprint_ignores_the_width_numpy_chose():

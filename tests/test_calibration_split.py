@@ -3,7 +3,7 @@ import pytest
 from calibration_cases import X
 
 from onnx_optshift.calibration.load import load
-from onnx_optshift.calibration.split import limit, split
+from onnx_optshift.calibration.split import split
 from onnx_optshift.errors import InputError
 
 
@@ -93,11 +93,3 @@ def test_fraction_must_lie_between_0_and_1(fraction):
 def test_labels_to_split_by_must_be_one_per_sample():
     with pytest.raises(InputError, match=r"one for each of 10 samples, found \[9\]"):
         split(samples(10), 0.2, 0, np.zeros(9, int))
-
-
-def test_limit_takes_the_first_samples():
-    data = samples(10)
-    assert limit(data, 10) is data
-    np.testing.assert_array_equal(next(limit(data, 3).batches(9)).feeds["x"], np.arange(9).reshape(3, 3))
-    with pytest.raises(InputError, match="at least 1, found 0"):
-        limit(data, 0)

@@ -96,6 +96,18 @@ def test_every_option_arrives():
     )
 
 
+def test_the_report_on_standard_output_is_all_that_is_there(capsys):
+    model = Path(__file__).parent.parent / "models" / "digits_mlp" / "model.onnx"
+    assert cli.main(["inspect", str(model), "--report", "-"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["command"] == "inspect"
+    assert err.startswith("capture: 1000 of 1000")
+    assert cli.main(["inspect", str(model), "--report", "-", "--quiet"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["schema"] == 1
+    assert not err
+
+
 def test_every_setting_but_none_has_an_option():
     reachable = vars(parse([*FILES, "--stochastic", "--dry-run"])).keys()
     assert {"stochastic", "dry_run"} <= reachable

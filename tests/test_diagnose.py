@@ -14,8 +14,8 @@ from onnx_optshift.diagnose.run import diagnose
 from onnx_optshift.diagnose.verdict import Conditions, verdict
 from onnx_optshift.errors import InputError
 from onnx_optshift.report.diagnosis import FAIL, GO, NO_GO, PASS, TRY_SMALL, WARN, Collapse, LayerRank
-from onnx_optshift.report.jsonfile import to_json
-from onnx_optshift.report.terminal_diagnose import render_diagnose
+from onnx_optshift.report.files import to_json
+from onnx_optshift.report.terminal import render
 from onnx_optshift.settings import Settings
 
 MODELS = Path(__file__).parents[1] / "models"
@@ -79,7 +79,7 @@ def test_no_classes_and_no_layers():
 
 def shown(report, verbose=False):
     console = Console(file=io.StringIO(), width=100, highlight=False)
-    render_diagnose(report, console, verbose=verbose)
+    render(report, console, verbose=verbose)
     return console.file.getvalue()
 
 
@@ -109,7 +109,7 @@ def test_without_probes_and_without_labels(tmp_path):
     report = diagnose(path, [tmp_path / "data.npz"], None, Settings(device="cpu"), probes=0)
     assert report.flatness is None
     assert "by the model's own" in " ".join(shown(report).split())
-    assert report.collapse["features"]["classes"] <= 3
+    assert report.collapse.features.classes <= 3
 
 
 def test_a_model_without_layers_says_so(tmp_path):
@@ -119,7 +119,7 @@ def test_a_model_without_layers_says_so(tmp_path):
     np.savez(tmp_path / "data.npz", x=np.ones((12, 4), np.float32))
     report = diagnose(path, [tmp_path / "data.npz"], None, Settings(device="cpu"))
     assert report.collapse is None
-    assert "nothing to shift" in shown(report)
+    assert "no linear layer that could be shifted" in shown(report)
 
 
 def test_no_data_is_one_message(tmp_path):
@@ -131,7 +131,7 @@ def test_no_data_is_one_message(tmp_path):
 
 def test_names_from_a_model_are_printed_as_they_are():
     report = diagnose(MODELS / "digits_mlp" / "model.onnx", None, None, Settings(device="cpu"), probes=0)
-    layers = tuple({**layer, "name": "[red]\x1b[31mname"} for layer in report.collapse["layers"])
-    text = shown(replace(report, collapse={**report.collapse, "layers": layers}))
+    layers = tuple(replace(layer, name="[red]\x1b[31mname") for layer in report.collapse.layers)
+    text = shown(replace(report, collapse=replace(report.collapse, layers=layers)))
     assert "[red]\\x1b[31mname" in text
     assert "\x1b[31mname" not in text

@@ -32,21 +32,21 @@ def drift(shifted, data, **settings):
 
 def test_shares_are_those_of_plain_numpy(shifted):
     data = pixels("heldout.npz", slice(0, 40))
-    found = {layer["name"]: layer for layer in drift(shifted, data)["layers"]}["fc1.weight"]
+    found = {layer.name: layer for layer in drift(shifted, data).layers}["fc1.weight"]
     v, w = (ModelFile.load(path).initializer("fc1.weight").astype(np.float64) for path in (ORIGINAL, shifted))
     v, w = (matrix if matrix.shape[0] == 64 else matrix.T for matrix in (v, w))
     rows = data["pixels"].astype(np.float64)
     shares = np.linalg.norm(rows @ (w - v), axis=1) / np.linalg.norm(rows @ v, axis=1)
-    assert found["quantiles"]["1.0"] == pytest.approx(shares.max(), rel=1e-6)
-    assert found["worst"][0][0] == shares.argmax()
-    assert found["quantiles"]["0.5"] == pytest.approx(np.quantile(shares, 0.5, method="higher"), rel=1e-6)
+    assert found.quantiles["1.0"] == pytest.approx(shares.max(), rel=1e-6)
+    assert found.worst[0][0] == shares.argmax()
+    assert found.quantiles["0.5"] == pytest.approx(np.quantile(shares, 0.5, method="higher"), rel=1e-6)
 
 
 def test_calibration_data_does_not_drift_and_strange_data_drifts_most(shifted):
-    own = drift(shifted, pixels("calibration.npz", slice(0, 100)))["figure"]
-    like = drift(shifted, pixels("heldout.npz", slice(0, 100)))["figure"]
+    own = drift(shifted, pixels("calibration.npz", slice(0, 100))).figure
+    like = drift(shifted, pixels("heldout.npz", slice(0, 100))).figure
     rng = np.random.default_rng(0)
-    strange = drift(shifted, {"pixels": rng.random((100, 64)).astype(np.float32)})["figure"]
+    strange = drift(shifted, {"pixels": rng.random((100, 64)).astype(np.float32)}).figure
     assert own < 1e-5
     assert 0.01 < like < strange
 

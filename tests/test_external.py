@@ -13,60 +13,47 @@ import pytest
 import tiny_models as tiny
 
 from onnx_optshift.errors import InputError
-from onnx_optshift.graph import external
-from onnx_optshift.graph.external import copy_bytes
 from onnx_optshift.graph.modelfile import ModelFile
-from onnx_optshift.graph.patch import write_beside
-from onnx_optshift.graph.static_check import unchanged_outside
+from onnx_optshift.prove.static import unchanged_outside
+from onnx_optshift.write.atomic import data_files
+from onnx_optshift.write.patch import write_beside
 
 
 def no_kernel(*_args, **_options):
     raise OSError(errno.EXDEV, "Invalid cross-device link")
 
 
-def half_kernel(source, target, count, offset_src, offset_dst):
+def half_kernel(copy):
     """Copies a little, then cannot go on."""
-    if offset_src > 1000:
-        raise OSError(errno.EINVAL, "Invalid argument")
-    os.pwrite(target, os.pread(source, min(count, 900), offset_src), offset_dst)
-    return min(count, 900)
+    calls = []
+
+    def copied(source, target, count):
+        calls.append(count)
+        if len(calls) > 1:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return copy(source, target, 33)
+
+    return copied
 
 
-@pytest.mark.parametrize("kernel", [None, no_kernel, half_kernel])
-def test_bytes_are_copied_whoever_does_it(kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kernel", ["all", "half", "none", "absent"])
+def test_data_is_copied_whole_whoever_does_it(kernel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not hasattr(os, "copy_file_range"):
         pytest.skip("this system's kernel does not copy between files")
-    if kernel is not None:
-        monkeypatch.setattr(os, "copy_file_range", kernel)
-    monkeypatch.setattr(external, "_CHUNK", 512)
-    content = np.random.default_rng(0).bytes(10_000)
-    (tmp_path / "a").write_bytes(content)
-    with (tmp_path / "a").open("rb") as source, (tmp_path / "b").open("xb") as target:
-        target.write(b"before")  # still in the buffer
-        copy_bytes(source, 5, 9000, target)
-        target.write(b"after")
-    assert (tmp_path / "b").read_bytes() == b"before" + content[5:9005] + b"after"
-
-
-def test_other_errors_of_the_kernel_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_args, **_options):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "copy_file_range", full, raising=False)
-    (tmp_path / "a").write_bytes(bytes(100))
-    with (
-        (tmp_path / "a").open("rb") as source,
-        (tmp_path / "b").open("xb") as target,
-        pytest.raises(OSError, match="No"),
-    ):
-        copy_bytes(source, 0, 100, target)
-
-
-def test_a_file_that_became_shorter_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(bytes(100))
-    with (tmp_path / "a").open("rb") as source, (tmp_path / "b").open("xb") as target:  # noqa: SIM117
-        with pytest.raises(InputError, match="became shorter"):
-            copy_bytes(source, 50, 51, target)
+    if kernel == "absent":
+        monkeypatch.delattr(os, "copy_file_range")
+    elif kernel != "all":
+        monkeypatch.setattr(os, "copy_file_range", no_kernel if kernel == "none" else half_kernel(os.copy_file_range))
+    source = tiny.save_external(tiny.two_layers(), tmp_path / "in.onnx", {"W1": "w.data", "W2": "w.data"}, before=100)
+    model, out = ModelFile.load(source), tmp_path / "out.onnx"
+    new = {"W2": 2 * model.initializer("W2")}
+    with write_beside(model, new, out) as written:
+        unchanged_outside(model, written.temp_path, new)
+        written.commit()
+    (data,) = data_files(out)
+    before, after = (tmp_path / "w.data").read_bytes(), data.read_bytes()
+    assert len(after) == len(before)
+    assert after.replace(new["W2"].tobytes(), model.initializer("W2").tobytes()) == before
 
 
 @pytest.mark.parametrize("location", ["/etc/passwd", "../w.data", "C:\\w.data", "link.data"])

@@ -161,7 +161,7 @@ def test_the_disturbances_leave_debris_where_nobody_tidies(source, tmp_path):
         capture_output=True, text=True, timeout=300, check=True,
     )  # fmt: skip
     left = [set(json.loads(line)[1]) for line in done.stdout.splitlines()]
-    assert any(name.endswith(".tmp") for names in left for name in names)
+    assert any(name.startswith(".onnx-optshift-") for names in left for name in names)
 
 
 def limited(size):
@@ -197,22 +197,19 @@ def test_a_full_disk(words, size, old, source, tmp_path):
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
     assert contents(folder) == before
-    assert not [path for path in scratch.iterdir() if path.name.startswith("onnx-optshift")]
+    assert not [path for path in scratch.iterdir() if "onnx-optshift" in path.name]
 
 
 @posix
 @pytest.mark.parametrize("suffix", ["json", "html"])
 def test_no_room_for_the_report(suffix, source, tmp_path):
-    if suffix == "html":
-        pytest.importorskip("jinja2")
-        pytest.importorskip("matplotlib")
     path = tmp_path / f"report.{suffix}"
     path.write_bytes(OLD)
     words = command("inspect", source, "--report", path)
     done = subprocess.run(words, capture_output=True, text=True, check=False, preexec_fn=limited(1000))
     assert done.returncode == 2
-    assert f"--report {path}: cannot be written: {os.strerror(errno.EFBIG)}" in done.stderr
-    assert done.stderr.count("\n") == 1
+    assert f"--report {path}: cannot be written: {os.strerror(errno.EFBIG)}" in done.stderr.splitlines()[-1]
+    assert done.stderr.count("error") == 1
     assert contents(tmp_path) == {path.name: hashlib.sha256(OLD).hexdigest()}
 
 
@@ -242,7 +239,8 @@ def test_a_disk_that_is_really_full(external, source, small_disk):
     before = contents(small_disk)
     done = run(source, out, *external * ["--save-as-external-data"])
     assert done.returncode == 2
-    assert done.stderr.startswith(f"error: {out}: cannot be written: {os.strerror(errno.ENOSPC)}. Nothing was written.")
+    assert done.stderr.startswith(f"error: {out}: cannot be written: {os.strerror(errno.ENOSPC)}. Nothing was changed")
+    assert "Free some space" in done.stderr
     assert done.stderr.count("\n") == 1
     assert contents(small_disk) == before
 
@@ -257,9 +255,9 @@ def test_standard_output_on_a_full_disk(source, whole, tmp_path):
                 stdout=full, stderr=subprocess.PIPE, text=True, check=False, env={**os.environ, "PYTHONUNBUFFERED": ""},
             )  # fmt: skip
             assert done.returncode == 2
-            assert f"standard output cannot be written: {os.strerror(errno.ENOSPC)}" in done.stderr
-            assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"error: {out} was written and verified")
+            assert f"standard output cannot be written: {os.strerror(errno.ENOSPC)}" in done.stderr.splitlines()[-1]
+            assert done.stderr.count("error") == 1
+    assert done.stderr.splitlines()[-1].startswith(f"error: {out} was written and verified")
     assert contents(tmp_path) == whole[False]
 
 
@@ -289,7 +287,11 @@ def test_two_runs_into_one_file(external, source, whole, tmp_path):
 
 @posix
 @pytest.mark.parametrize("whom", ["group", "parent"])
-def test_ctrl_c_while_data_is_read(whom, source, tmp_path):
+@pytest.mark.parametrize(("name", "word"), [("SIGINT", "interrupted"), ("SIGTERM", "terminated")])
+def test_a_request_to_end_while_data_is_read(name, word, whom, source, tmp_path):
+    if name == "SIGTERM" and sys.platform != "linux":
+        pytest.skip("only isolated where processes fork safely")
+    number = getattr(signal, name)
     script, ready = tmp_path / "data.py", tmp_path / "ready"
     script.write_text(
         textwrap.dedent(f"""
@@ -306,9 +308,9 @@ def test_ctrl_c_while_data_is_read(whom, source, tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     ready.open().close()  # waits for the other end
-    (os.killpg if whom == "group" else os.kill)(started.pid, signal.SIGINT)
-    assert started.communicate(timeout=60) == ("", "interrupted: nothing was written\n")
-    assert started.returncode == 130
+    (os.killpg if whom == "group" else os.kill)(started.pid, number)
+    assert started.communicate(timeout=60) == ("", f"{word}: nothing was written\n")
+    assert started.returncode == 128 + number
     assert {path.name for path in tmp_path.iterdir()} == {"data.py", "ready"}
 
 
@@ -357,6 +359,7 @@ def test_a_folder_that_may_only_be_read(source, tmp_path):
     tmp_path.chmod(0o755)
     assert done.returncode == 2
     assert f"out.onnx: cannot be written: {os.strerror(errno.EACCES)}" in done.stderr
+    assert "Choose a folder that you may write to" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

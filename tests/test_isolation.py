@@ -22,6 +22,7 @@ import atexit, ctypes, os, signal, sys, time
 from pathlib import Path
 from onnx_optshift import journal
 from onnx_optshift.isolation import run_isolated
+from onnx_optshift.write.atomic import Written
 
 def ready():
     os.write(1, b"ready\\n")
@@ -116,55 +117,52 @@ def test_the_message_names_the_stage(body, place, tmp_path):
 
 
 FILES = """
-for name in ("mine", "data", "left alone"):
-    Path(name).touch()
-Path("folder").mkdir()
-Path("folder", "inside").touch()
-for name in ("mine", "folder", "data", "never made", "gone"):
-    journal.unfinished(Path(name))
-journal.removed(Path("gone"))
-Path("gone").touch()  # somebody else's by now
+Path("left alone").touch()
+written = Written(Path.cwd() / "out")
+written.temp_data.touch()
+written.place_data("data")
+written.temp_path.write_text("refers to data")
 """
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "os.kill(os.getpid(), signal.SIGTERM)", ""])
 def test_what_was_unfinished_is_removed_and_nothing_else(end, tmp_path):
     ended(FILES + end, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"left alone", "gone"}
+    assert {path.name for path in tmp_path.iterdir()} == {"left alone"}
 
 
 def test_without_isolation_it_would_have_stayed(tmp_path):
     code = script(FILES + "os.kill(os.getpid(), signal.SIGKILL)").replace(TAIL, "\nwork()\n")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (-signal.SIGKILL, b"")
-    assert {path.name for path in tmp_path.iterdir()} == {"mine", "data", "folder", "left alone", "gone"}
+    assert {path.name for path in tmp_path.iterdir()} > {"data", "left alone"}
 
 
 @pytest.mark.parametrize("renamed", [False, True])
 def test_a_death_around_the_rename(renamed, tmp_path):
-    body = f"""
-    for name in ("temporary", "data"):
-        Path(name).touch()
-        journal.unfinished(Path(name))
-    journal.placing(Path("temporary"), Path("out"), [Path("data")])
+    death = f"""
+replace = os.replace
+def dying(old, new):
     if {renamed}:
-        os.replace("temporary", "out")
+        replace(old, new)
     os.kill(os.getpid(), signal.SIGKILL)
-    """
-    done = ended(body, tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == ({"out", "data"} if renamed else set())
-    assert (f"{tmp_path / 'out'} was written and verified before" in done.stderr) == renamed
+os.replace = dying
+written.commit()
+"""
+    done = ended(FILES + death, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"left alone", *(("out", "data") if renamed else ())}
+    assert (f"{tmp_path / 'out'} was written before" in done.stderr) == renamed
     assert ("nothing was written" in done.stderr) != renamed
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT"])
 def test_requests_to_end_reach_the_work_and_end_both(name, tmp_path):
     number = getattr(signal, name)
-    run = started("journal.unfinished(Path('debris')); Path('debris').touch(); wait()", tmp_path)
+    run = started(FILES + "wait()", tmp_path)
     run.send_signal(number)
-    assert run.communicate(timeout=60) == ("", "")
-    assert run.returncode == -number
-    assert not list(tmp_path.iterdir())
+    assert run.communicate(timeout=60) == ("", "terminated: nothing was written\n")
+    assert run.returncode == 128 + number
+    assert {path.name for path in tmp_path.iterdir()} == {"left alone"}
 
 
 def test_the_work_may_answer_a_request(tmp_path):
@@ -264,10 +262,10 @@ def fail(*_):
     raise OSError("no more")
 
 
-@pytest.mark.parametrize("lacking", ["fork", "processes", "files"])
+@pytest.mark.parametrize("lacking", ["safe forks", "processes", "files"])
 def test_without_a_second_process_it_runs_here(lacking, monkeypatch):
-    if lacking == "fork":
-        monkeypatch.delattr(os, "fork")
+    if lacking == "safe forks":
+        monkeypatch.setattr(sys, "platform", "darwin")
     else:
         monkeypatch.setattr(*{"processes": (os, "fork"), "files": (journal, "open_new")}[lacking], fail)
     here = []

@@ -26,10 +26,10 @@ def kills():
     [
         ("old", {"out.onnx": OLD}, ("old", "clean")),
         ("old", {"out.onnx": b"new", "out.data": b"data"}, ("new complete", "clean")),
-        ("old", {"out.onnx": OLD, ".x.tmp": b""}, ("old", "temporary file left")),
+        ("old", {"out.onnx": OLD, ".onnx-optshift-x.new": b""}, ("old", "hidden file left")),
         ("old", {"out.onnx": OLD, "out.data": b"data"}, ("old", "data file left")),
         ("absent", {}, ("absent", "clean")),
-        ("absent", {".x.tmp": b""}, ("absent", "temporary file left")),
+        ("absent", {".onnx-optshift-x.new": b""}, ("absent", "hidden file left")),
         ("old", {}, ("BROKEN", "clean")),
         ("old", {"out.onnx": b"ne"}, ("BROKEN", "clean")),
         ("old", {"out.onnx": b"new"}, ("BROKEN", "clean")),

@@ -12,31 +12,33 @@ PACKAGE = Path(__file__).parents[1] / "onnx_optshift"
 # A row may import from rows above it; entries of one row never import each other. An entry that is a directory is
 # its whole sub-package, whose modules may import each other.
 ROWS = [
-    ["errors", "journal"],
-    ["geometry", "report.model", "report.progress", "temporary", "isolation"],
-    ["settings", "report"],
-    ["graph", "calibration", "stats", "arguments"],
-    ["capture", "solve"],
-    ["verify", "quantize", "data", "memory"],
-    ["layers"],
-    ["workbench"],
-    ["decide", "proof", "drift"],
-    ["publish"],
-    ["reporting"],
+    ["errors"],
+    ["write.leftovers", "journal"],
+    ["geometry", "report.diagnosis", "report.progress", "isolation"],
+    ["report.model", "settings"],
+    ["report"],
+    ["graph", "calibration", "stats", "quantize", "arguments"],
+    ["write", "capture", "solve", "prove.compare", "prove.static"],
+    ["run"],
+    ["prove"],
+    ["decide"],
     ["diagnose"],
-    ["optimize", "audit"],
-    ["cli", "__init__"],
+    ["report.build"],
+    ["commands"],
+    ["api", "cli"],
+    ["__init__"],
     ["__main__"],
 ]
 # Who may import which library, anywhere in the module.
 BORDERS = {
-    "torch": {"capture", "stats", "solve", "quantize", "layers", "workbench", "decide", "diagnose", "audit", "drift"},
+    "torch": {"capture", "stats", "solve", "quantize", "run", "decide", "diagnose"},
     "onnxruntime": {"capture.session"},
     "onnx_graphsurgeon": {"graph"},
-    "onnx": {"graph", "calibration", "workbench", "optimize", "diagnose"},
+    "onnx": {"graph", "calibration", "write", "prove.static", "run.prepare", "commands", "api"},
+    "psutil": {"run.budget"},
     "jinja2": {"report.htmlpage"},
     "matplotlib": {"report.charts", "report.svg"},
-    "rich": {"report.terminal", "report.terminal_diagnose", "report.progress", "cli"},
+    "rich": {"report.terminal", "report.progress", "cli"},
 }
 LEVELS = {name: level for level, row in enumerate(ROWS) for name in row}
 

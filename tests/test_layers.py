@@ -84,7 +84,7 @@ def test_the_summary_says_what_the_gate_refused(tmp_path):
         folder / "model.onnx", tmp_path / "o.onnx", [folder / "calibration.npz"], [folder / "heldout.npz"], settings
     )
     assert all(layer.status != "shifted" for layer in result.report.layers)
-    assert "the held-out gate refused every shift (at 8 bits" in result.report.summary
+    assert "held-out data rejected every shift (at 8 bits" in result.report.summary
 
 
 def test_singular_values_are_those_of_the_rows(parts):

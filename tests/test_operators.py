@@ -19,11 +19,11 @@ from onnx_optshift.errors import InputError
 from onnx_optshift.geometry import AxisRows, MatrixRows, Tap
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
-from onnx_optshift.graph.patch import patched
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.rows import observe, to_rows
+from onnx_optshift.write.patch import patched
 
 
 def find(proto: onnx.ModelProto) -> tuple[dict[str, Weight], dict[str | None, str]]:

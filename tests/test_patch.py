@@ -18,10 +18,10 @@ import tiny_models as tiny
 from onnx import TensorProto, numpy_helper
 
 from onnx_optshift.errors import InputError, OptShiftError
-from onnx_optshift.graph import atomic, patch
 from onnx_optshift.graph.modelfile import ModelFile
-from onnx_optshift.graph.patch import patched, write_beside
-from onnx_optshift.graph.static_check import PatchError, unchanged_outside
+from onnx_optshift.prove.static import PatchError, unchanged_outside
+from onnx_optshift.write import atomic, patch
+from onnx_optshift.write.patch import patched, write_beside
 
 NEW = {"W1": tiny.weight(4, 5, seed=7), "W2": tiny.weight(5, 3, seed=8)}
 
@@ -41,7 +41,7 @@ def written(source: Path | onnx.ModelProto, out: Path, names: tuple[str, ...] = 
         unchanged_outside(model, result.temp_path, names)
         ort.InferenceSession(result.temp_path, providers=["CPUExecutionProvider"])  # it can be tried before it counts
         result.commit()
-    assert not [path.name for path in out.parent.iterdir() if path.name.endswith(".tmp")]
+    assert not [path.name for path in out.parent.iterdir() if path.name.startswith(".")]
     return out
 
 
@@ -453,7 +453,7 @@ def test_the_check_reads_external_data(tmp_path: Path) -> None:
         unchanged_outside(model, result.temp_path, {"W2"})
         with pytest.raises(PatchError, match="'W2' differs"):
             unchanged_outside(model, result.temp_path, {"W1"})
-        data = result.data_files[0]
+        (data,) = tmp_path.glob("out.*.data")
         content = bytearray(data.read_bytes())
         content[16] ^= 1  # the first byte of W1
         data.write_bytes(content)

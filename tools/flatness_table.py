@@ -55,7 +55,7 @@ def rows(folder: Path, probes: int, choices: dict[str, Any]) -> Iterator[tuple[s
             yield (name, str(error), *[""] * (len(COLUMNS) - 2))
             continue
         report = result.report
-        found = report.flatness or {}
+        found = report.to_dict()["flatness"] or {}
         if first:
             first = False
             yield (
@@ -91,7 +91,7 @@ def _bracket(eigenvalue: dict[str, Any] | None) -> str:
 
 def _collapse(model: Path, calibration: Path, choices: dict[str, Any]) -> tuple[str, ...]:
     report = diagnose(model, [calibration], ["none"], Settings(**choices), probes=0)
-    features = (report.collapse or {}).get("features")
+    features = (report.to_dict()["collapse"] or {}).get("features")
     if not features:
         return ("", "", "", "")
     figures = (features["nc1"], features["nc2_angles"], features["nc3"], features["nc4"])

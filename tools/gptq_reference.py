@@ -22,13 +22,13 @@ from torch import Tensor
 
 from onnx_optshift.calibration.load import load
 from onnx_optshift.data import input_specs
-from onnx_optshift.graph.patch import write_beside
 from onnx_optshift.layers import Layers
 from onnx_optshift.quantize.rtn import Grid, round_to_nearest
 from onnx_optshift.settings import Settings
 from onnx_optshift.solve.objective import solve_layer
 from onnx_optshift.solve.spectrum import relative_residual
 from onnx_optshift.workbench import open_model, open_workbench
+from onnx_optshift.write.patch import write_beside
 
 DAMPING = 0.01  # of the mean diagonal of H, the paper's
 

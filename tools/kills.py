@@ -103,8 +103,8 @@ def look(out: Path, case: str, finished: dict[str, str]) -> tuple[str, str]:
         rest = {name: value for name, value in rest.items() if name not in data}
     elif found == old:
         stands = "old" if old else "absent"
-    if any(name.endswith(".tmp") for name in rest):
-        return stands, "temporary file left"
+    if any(name.startswith(".onnx-optshift-") for name in rest):
+        return stands, "hidden file left"
     return stands, "data file left" if rest else "clean"
 
 

@@ -35,7 +35,6 @@ from onnx_optshift.calibration.load import load
 from onnx_optshift.data import input_specs
 from onnx_optshift.decide.loss import choose_loss
 from onnx_optshift.errors import OptShiftError
-from onnx_optshift.graph.patch import write_beside
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.layers import Layers
 from onnx_optshift.optimize import shift
@@ -43,6 +42,7 @@ from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.settings import Settings
 from onnx_optshift.solve.quant_range import Granularity
 from onnx_optshift.workbench import open_model, open_workbench
+from onnx_optshift.write.patch import write_beside
 
 FAMILIES = ("rtn", "static", "dynamic", "nbits", "peer")
 LABELS = "labels"

@@ -22,9 +22,9 @@ from numpy.typing import NDArray
 
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
-from onnx_optshift.graph.patch import write_beside
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.quantize.rtn import Grid, round_initializer
+from onnx_optshift.write.patch import write_beside
 
 Arrays = Mapping[str, NDArray[np.generic]]
 

@@ -2,68 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from onnx_optshift.calibration.source import Array, Feeds, InputSpec, describe, why_feeds
+from onnx_optshift.calibration.inputs import InputSpec, describe, why_feeds
+from onnx_optshift.calibration.source import Array, Feeds, Part
 from onnx_optshift.errors import InputError, closest
 
+# The name of an array that came without one: it is meant for the model's only input.
+UNNAMED = ""
 _TEXT = "OUS"
 _FLOAT64_EXACT = 2**53  # every integer up to here is a float64
 
 
-@dataclass(frozen=True, eq=False)
-class Checked:
-    """Arrays that the model will accept.
+@dataclass(frozen=True)
+class Entry:
+    """A set of named arrays as a source holds it, not looked at yet.
 
     Attributes:
-        feeds: Array by input name, in the model's order and types.
-        labels: Integer class labels (int64) or targets (float64); None without.
-        stacked: Whether axis 0 of every array numbers the samples; else the arrays are one feed.
-        notes: What was converted or left out, one sentence each.
+        where: The file or object it comes from, for messages.
+        read: Gives the arrays by name, labels among them; lists and scalars count as arrays.
+        feed: Whether it is one feed; otherwise stacked samples, if the shapes allow.
+        lazy: Whether it is read again on every pass; otherwise it stays in memory.
     """
 
-    feeds: Feeds
-    labels: Array | None
-    stacked: bool
-    notes: tuple[str, ...]
+    where: str
+    read: Callable[[], Mapping[str, object]]
+    feed: bool = False
+    lazy: bool = False
 
-    @property
-    def rows(self) -> int:
-        """Number of samples; a feed is one."""
-        return len(next(iter(self.feeds.values()))) if self.stacked else 1
+
+Entries: TypeAlias = Generator[Entry, None, None]
 
 
 def check(
-    arrays: Mapping[str, object], inputs: Sequence[InputSpec], where: str, *, labels_name: str, feed: bool
-) -> Checked:
-    """Checks one set of named arrays, and converts element types where no value changes.
+    entry: Entry, inputs: Sequence[InputSpec], *, labels_name: str, labels_required: bool = False
+) -> tuple[Part, list[str]]:
+    """Reads one entry, checks it, and converts element types where no value changes.
 
-    Args:
-        arrays: Array by name.
-        inputs: The model's inputs.
-        where: The file or object the arrays come from, for messages.
-        labels_name: Name of the array that holds labels, unless an input is called so.
-        feed: Whether the arrays are one feed. Otherwise axis 0 numbers the samples, unless the shapes of arrays and
-            inputs rule that out.
+    Axis 0 of its arrays numbers the samples, unless it is a feed or the shapes of arrays and inputs rule that out. The
+    array called `labels_name` holds labels, unless an input is called so.
+
+    Returns:
+        The arrays, in memory, in the model's order and types, with labels as int64 (classes) or float64 (targets); and
+        what was converted or left out, one sentence each.
 
     Raises:
         InputError: An array is missing, or has a wrong type, shape or value; the labels do not fit; no samples.
     """
-    found = {str(name): _as_array(value, str(name), where) for name, value in arrays.items()}
+    where = entry.where
     names = [spec.name for spec in inputs]
-    _check_names(found, inputs, where, labels_name)
-    notes = [
-        f"array {name!r} ignored: the model has no such input"
-        for name in found
-        if name not in names and name != labels_name
-    ]
+    found = {str(name): _as_array(value, str(name), where) for name, value in entry.read().items()}
+    if found.keys() == {UNNAMED} and UNNAMED not in names:
+        found = {_only_input(inputs, where): found[UNNAMED]}
+    _check_names(found, inputs, where, labels_name, labels_required=labels_required)
+    spare = [name for name in found if name not in names and name != labels_name]
+    notes = [f"array {name!r} ignored: the model has no such input" for name in spare]
     given = {name: found[name] for name in names}
-    stacked = not feed and _is_stacked(given, inputs, where)
-    reason = None if feed or stacked else why_feeds(inputs) or "the arrays have no common axis of samples"
+    stacked = not entry.feed and _is_stacked(given, inputs, where)
+    reason = None if entry.feed or stacked else why_feeds(inputs) or "the arrays have no common axis of samples"
     if reason:
         notes.append(f"each set of arrays is one feed and counts as one sample: {reason}")
     for spec in inputs:
@@ -73,12 +73,14 @@ def check(
     feeds: Feeds = {}
     for spec in inputs:
         _check_finite(given[spec.name], spec.name, where, stacked=stacked)
-        feeds[spec.name], note = _converted(given[spec.name], spec, where)
-        notes += [note] if note else []
+        feeds[spec.name] = _converted(given[spec.name], spec, where)
+        have, got = given[spec.name].dtype, feeds[spec.name].dtype
+        if _level(have) is not None and have != got:
+            notes.append(f"{spec.name!r}: {have.name} converted to {got.name}")
     labels = None
     if labels_name in found and labels_name not in names:
         labels = _check_labels(found[labels_name], feeds, where, labels_name, stacked=stacked)
-    return Checked(feeds, labels, stacked, tuple(notes))
+    return Part(len(feeds[names[0]]) if stacked else 1, stacked, lambda: feeds, labels), notes
 
 
 def _as_array(value: object, name: str, where: str) -> Array:
@@ -94,24 +96,36 @@ def _as_array(value: object, name: str, where: str) -> Array:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _check_names(found: Feeds, inputs: Sequence[InputSpec], where: str, labels_name: str) -> None:
-    missing = [spec.name for spec in inputs if spec.name not in found]
-    if not missing:
-        return
-    spare = [name for name in found if name != labels_name and name not in {spec.name for spec in inputs}]
-    what = "array" if len(missing) == 1 else "arrays"
-    raise InputError(
-        f"{where}: {what} {', '.join(map(repr, missing))} missing. Expected {describe(inputs)}; found "
-        f"{', '.join(map(repr, found)) or 'nothing'}.{closest(missing[0], spare)} Name them as the model's inputs."
-    )
+def _only_input(inputs: Sequence[InputSpec], where: str) -> str:
+    if len(inputs) != 1:
+        raise InputError(
+            f"{where}: one array without a name, but the model has {len(inputs)} inputs: {describe(inputs)}. Give a "
+            ".npz (in Python: a dict) with one array for each, named as the inputs."
+        )
+    return inputs[0].name
+
+
+def _check_names(
+    found: Feeds, inputs: Sequence[InputSpec], where: str, labels_name: str, *, labels_required: bool
+) -> None:
+    names = [spec.name for spec in inputs]
+    missing = [name for name in names if name not in found]
+    spare = [name for name in found if name not in names]
+    listed = ", ".join(map(repr, found)) or "nothing"
+    if missing:
+        candidates = [name for name in spare if name != labels_name]
+        raise InputError(
+            f"{where}: {'array' if len(missing) == 1 else 'arrays'} {', '.join(map(repr, missing))} missing. Expected "
+            f"{describe(inputs)}; found {listed}.{closest(missing[0], candidates)} Name them as the model's inputs."
+        )
+    if labels_required and labels_name not in spare:
+        raise InputError(
+            f"{where}: no array {labels_name!r} with labels. Expected it beside the model's inputs; found {listed}."
+            f"{closest(labels_name, spare)} Give the name of the labels' array, or no name to do without."
+        )
 
 
 def _is_stacked(given: Feeds, inputs: Sequence[InputSpec], where: str) -> bool:
-    """Whether axis 0 numbers the samples in all arrays alike.
-
-    Raises:
-        InputError: It should, but the arrays differ in length.
-    """
     if why_feeds(inputs) or any(array.ndim == 0 for array in given.values()):
         return False
     lengths = {name: len(array) for name, array in given.items()}
@@ -134,7 +148,7 @@ def _is_stacked(given: Feeds, inputs: Sequence[InputSpec], where: str) -> bool:
 def _check_shape(array: Array, spec: InputSpec, where: str, *, stacked: bool, reason: str | None) -> None:
     if spec.dims is None:
         return
-    how = f" (read as one feed: {reason})" if reason else ""
+    expected = f"{spec} (read as one feed: {reason})" if reason else str(spec)
     shape = list(array.shape)
     if array.ndim != len(spec.dims):
         hint = "Give one array axis for each of the input's axes."
@@ -143,15 +157,14 @@ def _check_shape(array: Array, spec: InputSpec, where: str, *, stacked: bool, re
         elif array.ndim == len(spec.dims) + 1 and not stacked:
             hint = "If axis 0 numbers the samples, give each as a feed of its own."
         raise InputError(
-            f"{where}: {spec.name!r} has rank {array.ndim}, shape {shape}; expected {spec}{how}, rank "
+            f"{where}: {spec.name!r} has rank {array.ndim}, shape {shape}; expected {expected}, rank "
             f"{len(spec.dims)}. {hint}"
         )
-    first = 1 if stacked else 0
-    for axis, dim in enumerate(spec.dims[first:], start=first):
-        if isinstance(dim, int) and array.shape[axis] != dim:
+    for axis, dim in enumerate(spec.dims):
+        if isinstance(dim, int) and shape[axis] != dim and not (stacked and axis == 0):
             raise InputError(
-                f"{where}: {spec.name!r} has shape {shape}; expected {spec}{how}: size {dim} along axis {axis}, found "
-                f"{array.shape[axis]}. Prepare the data as the model's training did (axis order, crop, padding)."
+                f"{where}: {spec.name!r} has shape {shape}; expected {expected}: size {dim} along axis {axis}, found "
+                f"{shape[axis]}. Prepare the data as the model's training did (axis order, crop, padding)."
             )
 
 
@@ -176,32 +189,26 @@ def _level(dtype: np.dtype[Any]) -> int | None:
     return {"b": 0, "i": 1, "u": 1, "f": 2}.get(dtype.kind)
 
 
-def _converted(array: Array, spec: InputSpec, where: str) -> tuple[Array, str | None]:
-    """The array in the input's element type, and a note if it had another.
-
-    Integers and bools may become any type that holds their values exactly; floats any other float type (rounded, never
-    overflowing). A float is never cut to an integer: that is not a conversion but most often the wrong array.
-
-    Raises:
-        InputError: The array has another type whose values do not convert.
-    """
+def _converted(array: Array, spec: InputSpec, where: str) -> Array:
+    # Integers and bools may become any type that holds their values exactly; floats any other float type (rounded,
+    # never overflowing). A float is never cut to an integer: that is not a conversion but most often the wrong array.
     want, have = spec.dtype, array.dtype
-    if want is None and (_level(have) is not None or have.kind in "OUSc"):
-        return array, None
-    if want is not None and (want == have or (want.kind in _TEXT and have.kind in _TEXT)):
-        return array, None
-    # numpy saves a bfloat16 array as bytes without a type.
-    if want is not None and want.kind == have.kind == "V" and have.names is None and want.itemsize == have.itemsize:
-        return array.view(want), None
     if want is None:
-        raise InputError(f"{where}: {spec.name!r} has type {have}, which no model takes. Expected {spec}.")
+        if _level(have) is None and have.kind not in "OUSc":
+            raise InputError(f"{where}: {spec.name!r} has type {have}, which no model takes. Expected {spec}.")
+        return array
+    if want == have or (want.kind in _TEXT and have.kind in _TEXT):
+        return array
+    # numpy saves a bfloat16 array as bytes without a type.
+    if want.kind == have.kind == "V" and have.names is None and want.itemsize == have.itemsize:
+        return array.view(want)
     levels = _level(have), _level(want)
     detail = ""
     if levels[0] is not None and levels[1] is not None and levels[0] <= levels[1]:
         with np.errstate(all="ignore"):
             converted: Array = array.astype(want)
         if _same_values(array, converted):
-            return converted, f"{spec.name!r}: {have.name} converted to {want.name}"
+            return converted
         detail = f" Its values do not fit into {want.name}: they reach from {array.min()} to {array.max()}."
     raise InputError(
         f"{where}: {spec.name!r} has type {have.name}; expected {spec}.{detail} Save the array as "
@@ -215,12 +222,12 @@ def _same_values(array: Array, converted: Array) -> bool:
         return True
     if _level(array.dtype) == 2:
         return bool(np.isfinite(converted).all())
+    low, high = int(array.min()), int(array.max())
     if _level(converted.dtype) == 1:
         bounds = np.iinfo(converted.dtype)
-        return bounds.min <= int(array.min()) and int(array.max()) <= bounds.max
-    if max(abs(int(array.min())), abs(int(array.max()))) > _FLOAT64_EXACT:
-        return False
-    return bool(np.array_equal(array.astype(np.float64), converted.astype(np.float64)))
+        return bounds.min <= low and high <= bounds.max
+    exact = max(-low, high) <= _FLOAT64_EXACT
+    return exact and bool(np.array_equal(array.astype(np.float64), converted.astype(np.float64)))
 
 
 def _check_labels(labels: Array, feeds: Feeds, where: str, name: str, *, stacked: bool) -> Array:
@@ -231,16 +238,14 @@ def _check_labels(labels: Array, feeds: Feeds, where: str, name: str, *, stacked
             "targets. Number the classes in the order of the model's output."
         )
     _check_finite(labels, name, where, stacked=stacked)
-    if labels.dtype.kind == "u" and labels.size and int(labels.max()) > np.iinfo(np.int64).max:
-        raise InputError(f"{where}: label {int(labels.max())} in {name!r} is no class number. Expected small integers.")
     labels = labels.astype(np.float64 if level == 2 else np.int64)
     if not stacked and labels.ndim == 0:
         labels = labels[None]
     lengths = {len(array) for array in feeds.values() if array.ndim} | (set() if stacked else {1})
     if labels.ndim == 0 or len(labels) not in lengths:
-        wanted = " or ".join(map(str, sorted(lengths)))
         raise InputError(
-            f"{where}: labels {name!r} have shape {list(labels.shape)}; expected {wanted} along axis 0, one for each "
+            f"{where}: labels {name!r} have shape {list(labels.shape)}; expected "
+            f"{' or '.join(map(str, sorted(lengths)))} along axis 0, one for each "
             f"{'sample' if stacked else 'feed, or one for each of its rows'}."
         )
     if level != 2 and labels.ndim != 1:

@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from os import PathLike
 from pathlib import Path
 
-from onnx_optshift.calibration.collect import Collector
-from onnx_optshift.calibration.files import test_sets
-from onnx_optshift.calibration.readers import add_source
-from onnx_optshift.calibration.source import InputSpec, Samples, describe
+from onnx_optshift.calibration.checks import Entries, Entry, check
+from onnx_optshift.calibration.files import find_test_sets, path_entries
+from onnx_optshift.calibration.inputs import InputSpec, describe, fixed_batch
+from onnx_optshift.calibration.readers import object_entries, script_entries
+from onnx_optshift.calibration.source import Feeds, Part, Samples
 from onnx_optshift.errors import InputError
 
+DEFAULT_FUNCTION = "load_data"
+_SCRIPT = re.compile(r"(?P<path>.+\.py)(:(?P<function>[^:/\\]*))?")
 
-def load(sources: Sequence[object], inputs: Sequence[InputSpec], *, labels_name: str = "labels") -> Samples:
+
+def load(
+    sources: Sequence[object],
+    inputs: Sequence[InputSpec],
+    *,
+    labels_name: str = "labels",
+    labels_required: bool = False,
+) -> Samples:
     """Reads and checks calibration data; several sources are chained.
 
     Args:
-        sources: Paths, scripts (`script.py[:function]`), arrays, dicts, readers, iterables, callables, `Samples`.
-            In a .npz, a .npy and a dict of arrays axis 0 numbers the samples, unless the shapes rule that out. Each
-            dict of an iterable, each Polygraphy iteration and each `test_data_set_*` folder is one feed.
+        sources: Paths, scripts (`script.py[:function]`), arrays, dicts, readers, iterables, callables; or one
+            `Samples`, which is given back. In a .npz, a .npy and a dict of arrays axis 0 numbers the samples, unless
+            the shapes rule that out. Each dict of an iterable, each Polygraphy iteration and each `test_data_set_*`
+            folder is one feed.
         inputs: The model's inputs.
         labels_name: Name of the array with labels.
+        labels_required: Whether data without that array is an error, because the user named it.
 
     Returns:
         All samples, at least one.
@@ -37,24 +51,58 @@ def load(sources: Sequence[object], inputs: Sequence[InputSpec], *, labels_name:
         raise InputError(f"no calibration data given. Expected arrays for {describe(inputs)}.")
     if len(sources) == 1 and isinstance(sources[0], Samples):
         return sources[0]
-    collector = Collector(inputs, labels_name)
-    names = [add_source(collector, source) for source in sources]
-    return collector.samples(", ".join(names))
+    names: list[str] = []
+    parts: list[Part] = []
+    notes: dict[str, None] = {}  # ordered, and the same note of a thousand files once
+
+    def checked(entry: Entry) -> Part:
+        part, said = check(entry, inputs, labels_name=labels_name, labels_required=labels_required)
+        notes.update(dict.fromkeys(said))
+        return part
+
+    for source in sources:
+        name, entries = _opened(source, inputs)
+        names.append(name)
+        with closing(entries):  # a script's import path ends with its generator
+            parts += [_lazy(entry, checked) if entry.lazy else checked(entry) for entry in entries]
+    return Samples(parts, source=", ".join(names), batch=fixed_batch(inputs), notes=list(notes))
 
 
 def beside(model_path: Path, inputs: Sequence[InputSpec]) -> list[Path]:
     """Calibration data that lies in the model's folder: the first of three kinds that is there.
 
     `<stem>.calibration.npz`, then `calibration.npz`, then all `test_data_set_*` folders with a file for each input.
-
-    Args:
-        model_path: The model file.
-        inputs: The model's inputs.
-
-    Returns:
-        Paths for `load`; none if there is no such data.
     """
     for name in (f"{model_path.stem}.calibration.npz", "calibration.npz"):
         if (model_path.parent / name).is_file():
             return [model_path.parent / name]
-    return test_sets(model_path.parent, len(inputs)) if inputs else []
+    return find_test_sets(model_path.parent, len(inputs)) if inputs else []
+
+
+def _opened(source: object, inputs: Sequence[InputSpec]) -> tuple[str, Entries]:
+    """The source's name for the report, and what it holds."""
+    if isinstance(source, (str, PathLike)):
+        script = _SCRIPT.fullmatch(str(source))
+        if not script:
+            return str(source), path_entries(Path(source), inputs)
+        path, function = Path(script["path"]), script["function"] or DEFAULT_FUNCTION
+        return f"{path}:{function}", script_entries(path, function, inputs)
+    name = f"Python {getattr(source, '__qualname__', None) or type(source).__name__}"
+    return name, object_entries(source, name, inputs)
+
+
+def _lazy(entry: Entry, checked: Callable[[Entry], Part]) -> Part:
+    """A part that is checked now, and read and checked again on every pass."""
+    first = checked(entry)
+    rows, stacked, labels = first.rows, first.stacked, first.labels
+    del first  # the closure below must not keep its arrays alive
+
+    def again() -> Feeds:
+        part = checked(entry)
+        if (part.rows, part.stacked) != (rows, stacked):
+            raise InputError(
+                f"{entry.where}: changed while it was in use ({rows} samples, now {part.rows}). Run again."
+            )
+        return part.read()
+
+    return Part(rows, stacked, again, labels)

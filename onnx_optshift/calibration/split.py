@@ -48,19 +48,12 @@ def split(
     return np.setdiff1d(np.arange(count, dtype=np.int64), judge), judge
 
 
-def limit(samples: Samples, max_samples: int) -> Samples:
-    """The first `max_samples` samples, in order; all of them if there are fewer.
-
-    Args:
-        samples: What to cut.
-        max_samples: The most to keep.
-
-    Raises:
-        InputError: `max_samples` is not positive.
-    """
-    if max_samples < 1:
-        raise InputError(f"--max-samples: expected at least 1, found {max_samples}.")
-    return samples if len(samples) <= max_samples else samples.select(np.arange(max_samples))
+def thinned(samples: Samples, most: int, seed: int) -> Samples:
+    """At most so many of the samples: a seeded draw, in order."""
+    if len(samples) <= most:
+        return samples
+    chosen = np.random.default_rng(seed).choice(len(samples), most, replace=False)
+    return samples.select(np.sort(chosen))
 
 
 def _shares(sizes: NDArray[np.int64], fraction: float, wanted: int, rng: np.random.Generator) -> NDArray[np.int64]:

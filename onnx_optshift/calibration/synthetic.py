@@ -12,17 +12,17 @@ from typing import Any
 
 import numpy as np
 
-from onnx_optshift.calibration.source import Array, Feeds, InputSpec, Part, Samples, describe, fixed_batch, why_feeds
-from onnx_optshift.errors import InputError, closest
+from onnx_optshift.calibration.inputs import InputSpec, describe, fixed_batch, why_feeds
+from onnx_optshift.calibration.shapes import OTHER_SIZES, with_shapes
+from onnx_optshift.calibration.source import Array, Feeds, Part, Samples
+from onnx_optshift.errors import InputError
 
-# Long enough for sequence axes to be more than one step, short enough to run anywhere.
-DEFAULT_DIM = 8
 # Samples are made when they are needed, this many at a time, so that thousands of images never lie in memory.
 _BLOCK = 32
 
 
 def synthetic(
-    inputs: Sequence[InputSpec], samples: int, seed: int = 0, dims: Mapping[str, int] | None = None
+    inputs: Sequence[InputSpec], samples: int, seed: int = 0, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> Samples:
     """Random samples: floats are standard normal, integers 0 or 1, bools even odds.
 
@@ -30,33 +30,33 @@ def synthetic(
     Axis 0 numbers the samples. Where it cannot (see `why_feeds`), each sample is a feed, with 1 for a leading symbol.
 
     Args:
-        inputs: The model's inputs.
+        inputs: The model's inputs; a size that they leave free is the first of `OTHER_SIZES`.
         samples: How many samples.
         seed: Same seed, same samples.
-        dims: Sizes of symbolic dimensions; the others are `DEFAULT_DIM`. Equal symbols have equal sizes.
+        shapes: Sizes of all axes, by input name, as for `with_shapes`; a leading size fixes the batch.
 
     Raises:
-        InputError: An input's type or rank cannot be made up, or a name in `dims` is no symbol of the model.
+        InputError: An input's type or rank cannot be made up, or a shape contradicts the model.
     """
     if samples < 1:
         raise InputError(f"synthetic data: expected at least 1 sample, found {samples}.")
     if not inputs:
         raise InputError("the model has no inputs, so that no synthetic data can reach its layers.")
-    for spec in inputs:
+    specs = with_shapes(inputs, shapes or {})
+    for spec in specs:
         if spec.dims is None or spec.dtype is None or not _can_make(spec.dtype):
             raise InputError(
                 f"no synthetic data can be made for input {spec}: only tensors of numbers or bools with a known rank. "
                 f"Give real data for {describe(inputs)} with --calib."
             )
-    sizes = _sizes(inputs, dims or {})
-    stacked = why_feeds(inputs) is None
+    stacked = why_feeds(specs) is None
     rows = _BLOCK if stacked else 1
     parts = [
-        Part(count, stacked, partial(_make, tuple(inputs), sizes, (seed, start), count if stacked else None))
+        Part(count, stacked, partial(_make, specs, (seed, start), count if stacked else None))
         for start in range(0, samples, rows)
         for count in [min(rows, samples - start)]
     ]
-    batch = fixed_batch(inputs) if stacked else None
+    batch = fixed_batch(specs) if stacked else None
     return Samples(parts, source=f"synthetic (seed {seed})", batch=batch, synthetic=True)
 
 
@@ -64,37 +64,19 @@ def _can_make(dtype: np.dtype[Any]) -> bool:
     return dtype.kind in "biuf" or (dtype.kind == "V" and "float" in dtype.name)
 
 
-def _sizes(inputs: Sequence[InputSpec], dims: Mapping[str, int]) -> dict[str, int]:
-    """Size of each symbol.
-
-    Raises:
-        InputError: A name in `dims` is no symbol, or its size is not positive.
-    """
-    shapes = [spec.dims for spec in inputs if spec.dims is not None]
-    symbols = list(dict.fromkeys(dim for shape in shapes for dim in shape if isinstance(dim, str)))
-    for name, size in dims.items():
-        if name not in symbols:
-            raise InputError(
-                f"synthetic data: {name!r} is no dimension of {describe(inputs)}.{closest(name, symbols)} Use one of "
-                f"{', '.join(symbols) or 'none: all sizes are fixed'}."
-            )
-        if size < 1:
-            raise InputError(f"synthetic data: dimension {name!r}: expected a size of at least 1, found {size}.")
-    # In a feed a leading symbol is most often the batch, and may stand at other axes of other inputs too.
-    leads = {shape[0] for shape in shapes if shape}
-    return {symbol: 1 if symbol in leads else DEFAULT_DIM for symbol in symbols} | dict(dims)
-
-
-def _make(inputs: Sequence[InputSpec], sizes: Mapping[str, int], seed: tuple[int, int], rows: int | None) -> Feeds:
+def _make(inputs: Sequence[InputSpec], seed: tuple[int, int], rows: int | None) -> Feeds:
     """Arrays of `rows` samples, or one feed; the same for the same seed, whenever it is called."""
     rng = np.random.default_rng(seed)
+    # In a feed a leading symbol is most often the batch, and may stand at other axes of other inputs too.
+    leads = {spec.dims[0] for spec in inputs if spec.dims} - {None}
     feeds: Feeds = {}
     for spec in inputs:
-        shape = [sizes[dim] if isinstance(dim, str) else DEFAULT_DIM if dim is None else dim for dim in spec.dims or ()]
+        shape = [
+            dim if isinstance(dim, int) else 1 if axis == 0 or dim in leads else OTHER_SIZES[0]
+            for axis, dim in enumerate(spec.dims or ())
+        ]
         if rows is not None:
             shape[0] = rows
-        elif spec.dims and spec.dims[0] is None:
-            shape[0] = 1
         feeds[spec.name] = _values(rng, spec.dtype, tuple(shape))
     return feeds
 

@@ -20,6 +20,8 @@ from torch.utils.dlpack import from_dlpack
 
 from onnx_optshift.errors import DeviceError, InputError, OptShiftError, closest
 
+# Has ONNX Runtime (1.24 and newer) tell which node runs where.
+_RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
 CPU = "CPUExecutionProvider"
 CUDA = "CUDAExecutionProvider"
 
@@ -43,6 +45,7 @@ class Device:
         index: CUDA device number.
         solve: The torch device of the statistics and the solvers: `cpu` or `cuda:i`.
         note: One line that says what runs where, and why.
+        strict: Whether a node that falls back to the CPU is an error, as the GPU was asked for by name.
     """
 
     requested: str
@@ -50,6 +53,7 @@ class Device:
     index: int
     solve: str
     note: str
+    strict: bool = False
 
     @property
     def capture(self) -> str:
@@ -57,18 +61,21 @@ class Device:
         return self.providers[0]
 
 
-def resolve_device(requested: str = "auto", providers: Sequence[str] = ()) -> Device:
+def resolve_device(
+    requested: str = "auto", providers: Sequence[str] = (), *, allow_cpu_fallback: bool = False
+) -> Device:
     """Decides what runs where, before any work starts.
 
     Args:
         requested: `auto`, `cpu`, `cuda` or `cuda:i`.
         providers: Execution providers to use instead, full names or `cpu` and `cuda`; must agree with `requested`.
+        allow_cpu_fallback: Whether single nodes may run on the CPU although CUDA was asked for by name.
 
     Returns:
         The device. With `auto` CUDA is taken when torch and ONNX Runtime both have it.
 
     Raises:
-        DeviceError: The device or a provider cannot be had on this machine.
+        DeviceError: The device or a provider is not available on this machine.
     """
     available = list(_runtime().get_available_providers())
     if providers:
@@ -80,10 +87,11 @@ def resolve_device(requested: str = "auto", providers: Sequence[str] = ()) -> De
     missing = _why_no_cuda(index, available)
     if not missing:
         note = f"capture on CUDAExecutionProvider device {index}, solve on cuda:{index}"
-        return Device(requested, (CUDA, CPU), index, f"cuda:{index}", note)
+        strict = kind == "cuda" and not allow_cpu_fallback
+        return Device(requested, (CUDA, CPU), index, f"cuda:{index}", note, strict)
     if kind == "cuda":
         raise DeviceError(
-            f"--device {requested} cannot be had: {missing}. Use --device cpu, or install what is missing."
+            f"--device {requested} is not available: {missing}. Use --device cpu, or install what is missing."
         )
     return Device(requested, (CPU,), 0, "cpu", f"capture on CPUExecutionProvider, solve on cpu ({missing})")
 
@@ -163,9 +171,13 @@ class Session:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         if custom_op_library is not None:
             _register(options, custom_op_library)
-        if device.capture == CUDA and hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # takes the CUDA libraries that torch brought, which need not be on the system path
-        providers = [(name, {"device_id": device.index}) if name == CUDA else name for name in device.providers]
+        if device.capture == CUDA:
+            options.add_session_config_entry(_RECORD_ASSIGNMENT, "1")
+            if hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # takes the CUDA libraries that torch brought, which need not be on the system path
+        # TensorFloat-32 rounds inputs to 10 bits: no promise of exactness would mean anything.
+        cuda = {"device_id": device.index, "use_tf32": 0}
+        providers = [(name, cuda) if name == CUDA else name for name in device.providers]
         source = model if isinstance(model, bytes) else str(model)
         try:
             self._session = ort.InferenceSession(source, options, providers=providers)
@@ -178,6 +190,12 @@ class Session:
                 "(CUDA, cuDNN) are missing or of another version; install them, or use --device cpu."
             )
         self.device = device
+        self.fallen_back = self._fallen_back()
+        if self.fallen_back and device.strict:
+            raise DeviceError(
+                f"--device {device.requested}: {fallback_note(self.fallen_back)}. Leave it to --device auto, or accept "
+                "it with --allow-cpu-fallback."
+            )
         self.outputs: tuple[str, ...] = tuple(output.name for output in self._session.get_outputs())
         self._types = {node.name: node.type for node in self._session.get_inputs()}
         self._types |= {node.name: node.type for node in self._session.get_overridable_initializers()}
@@ -241,6 +259,13 @@ class Session:
             raise self._run_error(error, feeds) from error
         return {name: as_tensor(result) for name, result in zip(names, results, strict=True)}
 
+    def _fallen_back(self) -> tuple[str, ...]:
+        """Operators of nodes that run on the CPU although the GPU was asked for, one entry for each node."""
+        if self.device.capture != CUDA or not hasattr(self._session, "get_provider_graph_assignment_info"):
+            return ()
+        parts = self._session.get_provider_graph_assignment_info()
+        return tuple(sorted(node.op_type for part in parts if part.ep_name == CPU for node in part.get_nodes()))
+
     def _needs_values(self, names: Sequence[str], feeds: Mapping[str, NDArray[Any]]) -> bool:
         # numpy has no bfloat16 that ONNX Runtime's plain `run` understands; OrtValues carry it.
         types = [self._types.get(name, "") for name in feeds] + [self._output_types.get(name, "") for name in names]
@@ -282,6 +307,13 @@ class Session:
             f"ONNX Runtime cannot run the model on the inputs {given}: {_reason(error)} "
             "Check these arrays against the model's inputs, and that the model runs at all with this onnxruntime."
         )
+
+
+def fallback_note(operators: Sequence[str]) -> str:
+    """One line about nodes that run on the CPU."""
+    kinds = [f"{operators.count(kind)} {kind}" for kind in dict.fromkeys(operators)]
+    more = f" and {len(kinds) - 5} kinds more" if len(kinds) > 5 else ""
+    return f"ONNX Runtime runs {len(operators)} nodes of this model on the CPU ({', '.join(kinds[:5])}{more})"
 
 
 def as_tensor(array: NDArray[Any]) -> torch.Tensor:

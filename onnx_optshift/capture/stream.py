@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,5 +57,42 @@ def stream(
             if value in batch.feeds:
                 activations[value] = as_tensor(batch.feeds[value]).to(session.device.solve)
         for tap in taps:
-            sink(tap, batch, activations[tap.value])
+            sink(tap, batch, _real(activations[tap.value], tap, batch))
         done(len(batch.indices))
+
+
+def sample_axis(shape: Sequence[int], size: int, first: int = 0) -> int | None:
+    """The axis along which an activation or output holds its batch's samples; None where there is none to be seen.
+
+    Args:
+        shape: Of the array.
+        size: Samples in the batch, padding included.
+        first: Axes in front that count iterations of a Loop or Scan.
+    """
+    axes = range(first, len(shape))
+    # Exporters also fold further axes into the leading one, samples being the slowest.
+    if len(shape) > first and shape[first] and shape[first] % size == 0:
+        return first
+    return next((axis for axis in axes if shape[axis] == size), None)
+
+
+def _real(activation: torch.Tensor, tap: Tap, batch: Batch) -> torch.Tensor:
+    """The activation without the copies that only fill a fixed batch dimension: they are no data."""
+    count, size = len(batch.indices), len(batch.indices) + batch.padding
+    axis = sample_axis(activation.shape, size, tap.inside.loops if tap.inside else 0)
+    if not batch.padding or axis is None:
+        return activation
+    return activation.narrow(axis, 0, activation.shape[axis] // size * count)
+
+
+def real_outputs(outputs: dict[str, NDArray[Any]], batch: Batch) -> dict[str, NDArray[Any]]:
+    """Outputs of a batch without those of the copies that only fill a fixed batch dimension."""
+    count, size = len(batch.indices), len(batch.indices) + batch.padding
+    if not batch.padding:
+        return outputs
+    real = {}
+    for name, value in outputs.items():
+        axis = sample_axis(value.shape, size)
+        kept = slice(None) if axis is None else slice(value.shape[axis] // size * count)
+        real[name] = value[(slice(None),) * (axis or 0) + (kept,)] if value.ndim else value
+    return real

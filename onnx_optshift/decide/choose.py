@@ -1,167 +1,121 @@
-"""Choosing what to write: one function a mode, each from trials to a decision.
-
-Settings are decided on `fit` statistics and judged on held-out data; the candidate that is written is solved again
-on `full` statistics, which cover all calibration samples. Where held-out data was given, both are the same.
-"""
+"""Choosing what to write: one function a mode, each from trials to a decision."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_optshift.calibration.source import Samples
-from onnx_optshift.decide.draws import balanced_batch, batch_sizes
-from onnx_optshift.decide.gate import Gate, Judged, paired
+from onnx_optshift.decide.decision import Decision, Grounds, Way, decided
+from onnx_optshift.decide.draws import balanced_batch, batch_sizes, classes_of
+from onnx_optshift.decide.gate import NO_INCREASE, Gate, Judged, paired
 from onnx_optshift.decide.recapture import affordable, layer_by_layer
-from onnx_optshift.decide.share import Shared, share_out
+from onnx_optshift.decide.share import share_out
 from onnx_optshift.errors import InputError
-from onnx_optshift.layers import Arrays, Candidate, Layers
+from onnx_optshift.prove.floor import Promise
 from onnx_optshift.report.model import Trial
-from onnx_optshift.workbench import Workbench
+from onnx_optshift.run.layers import Candidate, Layers
+from onnx_optshift.settings import Settings
 
 # Backing off halves the layer residual this often before layers are given up one group at a time.
 HALVINGS = 3
-# Trials that a search through groups of layers may cost; groups not reached keep their bytes.
-MOST_GROUP_TRIALS = 64
 # Layer residuals that `--tolerance auto` walks along before it refines.
 AUTO_PATH = tuple(float(f"{x:.4g}") for x in np.geomspace(0.003, 0.5, 12))
 # Refusals in a row that end the walk: one may be noise; and rounding to few bits is a lottery, where a little deviation
 # gains nothing for certain and a larger one much.
 PATIENCE, PATIENCE_ROUNDED = 2, 6
+# Bisections around the best residual of the path.
+REFINEMENTS = 2
 # Seeded draws for each batch size of the stochastic form.
 DRAWS = 3
 
 
-@dataclass(frozen=True)
-class Decision:
-    """What to write, and the promise that goes with it.
+def choose(grounds: Grounds, settings: Settings, layers_for: Callable[[Samples], Layers]) -> Decision:
+    """What to write, by the mode that the settings ask for.
 
-    Attributes:
-        candidate: Shifts to write.
-        tolerance: Relative deviation of the model outputs that is promised on `covered`; 0 for exact.
-        covered: The samples that the promise covers.
-        rejected: Reasons, by initializer, for shifts that were found and not taken.
-        notes: Sentences for the report.
-        judged: The trial that stood for this decision before the gate; None when nothing was judged or accepted.
+    Args:
+        grounds: Solves and judges.
+        settings: `stochastic` and `tolerance` name the mode.
+        layers_for: Captures a batch and gives its layers, for the stochastic form.
+
+    Raises:
+        InputError: The data does not suffice for the mode.
     """
-
-    candidate: Candidate
-    tolerance: float
-    covered: Samples
-    rejected: dict[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    judged: Trial | None = None
-
-
-def exact(full: Layers, fit: Layers, gate: Gate | None, samples: Samples) -> Decision:
-    """The exact shift of every layer that the gate lets through."""
-    candidate = full.candidate(0.0)
-    return _exact(candidate, candidate if fit is full else fit.candidate(0.0), gate, samples)
+    if settings.stochastic is not None:
+        classes = classes_of(grounds.bench.outputs, grounds.tried_on)
+        return stochastic(grounds, settings.stochastic, classes, layers_for)
+    if settings.tolerance == "auto":
+        return automatic(grounds)
+    return within(grounds, settings.tolerance) if settings.tolerance > 0 else exact(grounds)
 
 
-def _exact(candidate: Candidate, trial: Candidate, gate: Gate | None, samples: Samples) -> Decision:
-    moved = list(candidate.arrays)
-    if not moved or gate is None:
-        return Decision(candidate, 0.0, samples)
-    names, rejected = _groups(gate, moved, lambda group: trial.only(group).arrays, 0.0, "exact")
-    chosen = candidate.only([*names, *_unmoved(candidate)])
-    return Decision(chosen, 0.0, samples, rejected, judged=_last_accepted(gate) if names else None)
+def exact(grounds: Grounds) -> Decision:
+    """The exact shift of every layer that the gate accepts."""
+    return decided(grounds, grounds.parallel, 0.0, Promise(0.0, "noise", grounds.samples), "exact")
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """A way to solve several layers that share one tolerance.
-
-    Attributes:
-        name: For the report.
-        full: Layer residual -> shifts solved on all calibration samples.
-        fit: The same on the samples that settings are tried on; the same function where none were split off.
-    """
-
-    name: str
-    full: Callable[[float], Candidate]
-    fit: Callable[[float], Candidate]
-
-
-def strategies(
-    bench: Workbench, full: Layers, samples: Samples, fit: Layers, fit_samples: Samples
-) -> tuple[Strategy, ...]:
-    """All layers against their original inputs; and, where it costs little, layer by layer against re-captured ones."""
-    parallel = Strategy("all layers in parallel, against their original inputs", full.candidate, fit.candidate)
-    if full.objective != "norm" or not affordable(full):
-        return (parallel,)
-
-    def again(layers: Layers, data: Samples) -> Callable[[float], Candidate]:
-        return lambda residual: layer_by_layer(bench, layers, data, residual)
-
-    on_all = again(full, samples)
-    on_fit = on_all if fit is full else again(fit, fit_samples)
-    return (parallel, Strategy("layer by layer, against re-captured inputs", on_all, on_fit))
-
-
-def within(
-    tolerance: float,
-    bench: Workbench,
-    ways: Sequence[Strategy],
-    gate: Gate | None,
-    samples: Samples,
-) -> Decision:
+def within(grounds: Grounds, tolerance: float) -> Decision:
     """The largest shift whose outputs stay within the tolerance, backed off as far as the gate demands.
 
-    Every strategy uses the tolerance up. The one of least loss on held-out data is taken; without such data, the one
-    that leaves the smaller weights.
+    Every way uses the tolerance up. The one of least loss on held-out data is taken; without such data, the one that
+    leaves the smaller weights.
     """
-    found = [(way, share_out(bench, samples, way.full, tolerance)) for way in ways]
-    way, candidate, verdict = _taken(found, gate)
+    promise = Promise(tolerance, "tolerance", grounds.samples)
+    outputs, samples = grounds.bench.outputs, grounds.samples
+    found = [(way, share_out(outputs, samples, way.full, tolerance, grounds.seed)) for way in _ways(grounds)]
     notes = [
-        f"{other.name}: layer residual {s.candidate.tolerance:.3g}, model deviation {s.deviation:.3g}, "
+        f"{way.name}: layer residual {s.candidate.tolerance:.3g}, model deviation {s.deviation:.3g}, "
         f"squared norm {_squared_norm(s.candidate):.4f} of the original"
-        for other, s in found
+        for way, s in found
     ]
+    way, residual = _least_loss(grounds, [(way, shared.candidate) for way, shared in found])
     notes.append(f"taken: {way.name}")
-    if gate is None:
-        return Decision(candidate, tolerance, samples, notes=tuple(notes))
-    residual = candidate.tolerance
-    for halving in range(HALVINGS + 1):
-        if verdict is None:
-            trial = way.fit(residual)
-            if not trial.arrays:
-                break
-            verdict, _ = gate.judge(trial.arrays, f"all layers at residual {residual:.3g}", residual)
-        if verdict.accepted:
-            chosen = candidate if halving == 0 else way.full(residual)
-            return Decision(chosen, tolerance, samples, notes=tuple(notes), judged=verdict)
-        residual, verdict = residual / 2, None
-    # One layer's correction for another makes no sense without that other: groups are solved in parallel.
-    chosen, trial = ways[0].full(residual), ways[0].fit(residual)
-    names, rejected = _groups(
-        gate, list(trial.arrays), lambda group: trial.only(group).arrays, residual, f"at residual {residual:.3g}"
-    )
-    if not names:
-        notes.append("no layer may use any of the tolerance: exact shifts only")
-        return replace(_exact(ways[0].full(0.0), ways[0].fit(0.0), gate, samples), notes=tuple(notes))
-    chosen = chosen.only([*names, *_unmoved(chosen)])
-    return Decision(chosen, tolerance, samples, rejected, tuple(notes), _last_accepted(gate))
+    decision = decided(grounds, way, residual, promise, "all layers", halvings=HALVINGS, notes=notes)
+    if decision.candidate.arrays:
+        return decision
+    notes.append("no layer may use any of the tolerance: exact shifts only")
+    fallback = exact(grounds)
+    # Why a layer moved at no residual says more than why it has no exact shift.
+    stuck = {name: solved for name, solved in decision.candidate.solved.items() if not solved.moved}
+    moved = {name: solved for name, solved in fallback.candidate.solved.items() if solved.moved}
+    candidate = Candidate({**fallback.candidate.solved, **stuck, **moved}, 0.0)
+    rejected = {**decision.rejected, **fallback.rejected}
+    return replace(fallback, candidate=candidate, notes=tuple(notes), rejected=rejected)
 
 
-def _taken(found: Sequence[tuple[Strategy, Shared]], gate: Gate | None) -> tuple[Strategy, Candidate, Trial | None]:
-    """The way to go, its candidate, and that candidate's trial where ways were compared on held-out data."""
+def _ways(grounds: Grounds) -> list[Way]:
+    """All layers in parallel; and, where it costs little, layer by layer against re-captured inputs."""
+    full, fit = grounds.full, grounds.fit
+    if full.objective.grids or full.objective.needs_slopes or not affordable(full):
+        return [grounds.parallel]
+
+    def again(layers: Layers, data: Samples) -> Callable[[float], Candidate]:
+        return lambda residual: layer_by_layer(grounds.bench, layers, data, residual)
+
+    on_all = again(full, grounds.samples)
+    on_fit = on_all if fit is full else again(fit, grounds.tried_on)
+    return [grounds.parallel, Way("layer by layer, against re-captured inputs", on_all, on_fit, separable=False)]
+
+
+def _least_loss(grounds: Grounds, found: Sequence[tuple[Way, Candidate]]) -> tuple[Way, float]:
+    """The way to go, and its layer residual."""
+    gate = grounds.gate
     if gate is not None and len(found) > 1:
-        fits = [way.fit(shared.candidate.tolerance) for way, shared in found]
+        fits = [way.fit(candidate.tolerance) for way, candidate in found]
         if all(fit.arrays for fit in fits):
             # Smaller weights are a means: at equal deviation they were seen to serve held-out data better, and worse.
-            trials = [
-                gate.judge(fit.arrays, f"{way.name}, at residual {fit.tolerance:.3g}", fit.tolerance)
+            judged = [
+                gate.judge(fit.arrays, f"{way.name}, at residual {fit.tolerance:.3g}", fit.tolerance)[1]
                 for (way, _), fit in zip(found, fits, strict=True)
             ]
-            least = min(range(len(found)), key=lambda k: float(gate.deciding(trials[k][1]).mean()))
-            return found[least][0], found[least][1].candidate, trials[least][0]
-    way, shared = min(found, key=lambda entry: _squared_norm(entry[1].candidate))
-    return way, shared.candidate, None
+            least = min(range(len(found)), key=lambda k: float(gate.deciding(judged[k]).mean()))
+            return found[least][0], found[least][1].tolerance
+    way, candidate = min(found, key=lambda entry: _squared_norm(entry[1]))
+    return way, candidate.tolerance
 
 
 def _squared_norm(candidate: Candidate) -> float:
@@ -174,173 +128,146 @@ def _squared_norm(candidate: Candidate) -> float:
     return sum(ratios) / len(ratios) if ratios else 1.0
 
 
-def automatic(bench: Workbench, full: Layers, fit: Layers, gate: Gate | None, samples: Samples) -> Decision:
-    """The largest layer residual on the path that held-out data accepts.
+def automatic(grounds: Grounds) -> Decision:
+    """The layer residual, exact among them, of least loss on held-out data; among equals the smallest.
 
-    Among the residuals that the gate lets through, the one of least loss is the best guess of where the data's
-    support ends; every residual whose paired loss is within one standard error of it is as good as far as the data
-    can tell, and the largest of those is taken (one-standard-error rule). A bisection towards the next residual on
-    the path refines it.
+    The loss is that of the model as it is, or the quantized model's error where weights are going to be rounded. Two
+    are equal where they differ by no more than rounding. Without labels the only loss is the distance to the original,
+    which no shift can make smaller: then only the exact one is taken.
 
     Raises:
         InputError: There is no held-out data to decide on.
     """
+    gate = grounds.gate
     if gate is None:
         raise InputError(
             "--tolerance auto decides on held-out data, and there is none: give --heldout, or more calibration samples."
         )
-    judged: dict[float, Judged] = {}
-    verdicts: dict[float, Trial] = {}
+    if gate.loss.is_distance and not gate.rounds:
+        note = "auto: without labels no held-out loss can fall, so that only exact shifts are taken"
+        return replace(exact(grounds), notes=(note,))
+    tried: dict[float, Judged] = {}
+    walked: set[float] = set()
 
     def accepted(residual: float) -> bool:
-        arrays = fit.candidate(residual).arrays
+        walked.add(residual)
+        arrays = grounds.fit.candidate(residual).arrays
+        if not arrays:
+            return True  # nothing moves: no harm, and nothing to judge
         verdict, after = gate.judge(arrays, f"all layers at residual {residual:.3g}", residual)
         if verdict.accepted:
-            judged[residual] = after
-            verdicts[residual] = verdict
+            tried[residual] = after
         return verdict.accepted
 
     refused_in_a_row = 0
-    for residual in AUTO_PATH:
+    for residual in (0.0, *AUTO_PATH):
         refused_in_a_row = 0 if accepted(residual) else refused_in_a_row + 1
         if refused_in_a_row == (PATIENCE_ROUNDED if gate.rounds else PATIENCE):
             break
-    if not judged:
-        return exact(full, fit, gate, samples)
-    chosen = _largest_as_good(judged, gate)
-    beyond = next((r for r in AUTO_PATH if r > chosen), None)
-    for _ in range(2):
-        if beyond is None:
-            break
-        middle = math.sqrt(chosen * beyond)
-        if accepted(middle) and _largest_as_good(judged, gate) >= middle:
-            chosen = middle
-        else:
-            beyond = middle
-    candidate = full.candidate(chosen)
-    deviation = bench.deviation(samples, candidate.arrays).largest_rel()
-    # The promise is the measured deviation, rounded up: the file's outputs are compared with it.
-    promise = float(f"{1.02 * deviation + 5e-8:.2e}")
-    note = f"auto chose layer residual {chosen:.3g}"
-    return Decision(candidate, promise, samples, notes=(note,), judged=verdicts[chosen])
+    if not any(tried):
+        return exact(grounds)
+    for _ in range(REFINEMENTS):
+        best = _least(tried, gate)
+        for other in _neighbours(best, [*AUTO_PATH, *walked]):
+            accepted(math.sqrt(best * other))
+    chosen = _least(tried, gate)
+    note = f"auto chose layer residual {chosen:.3g}" if chosen else "auto chose the exact shift"
+    if not chosen:
+        return replace(exact(grounds), notes=(note,))
+    promise = _measured(grounds, grounds.full.candidate(chosen), grounds.samples)
+    return decided(grounds, grounds.parallel, chosen, promise, "auto", notes=(note,))
+
+
+def _least(tried: dict[float, Judged], gate: Gate) -> float:
+    losses = {residual: float(gate.deciding(judged).mean()) for residual, judged in tried.items()}
+    best = min(losses.values())
+    return min(residual for residual, loss in losses.items() if loss <= best + NO_INCREASE * abs(best))
+
+
+def _neighbours(residual: float, path: Sequence[float]) -> list[float]:
+    below = max((r for r in path if 0 < r < residual), default=None)
+    above = min((r for r in path if r > residual), default=None)
+    return [r for r in (below, above) if r is not None and residual > 0]
+
+
+def _measured(grounds: Grounds, candidate: Candidate, samples: Samples) -> Promise:
+    """The deviation that a candidate shows, rounded up: the file's outputs are held to it."""
+    deviation = grounds.bench.outputs.deviation(samples, candidate.arrays).largest_rel()
+    return Promise(float(f"{1.02 * deviation + 5e-8:.2e}"), "measured", samples)
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """One batch that the gate accepted."""
+
+    size: int
+    candidate: Candidate
+    batch: Samples
+    verdict: Trial | None
+    judged: Judged | None
 
 
 def stochastic(
-    size: int,
-    bench: Workbench,
-    samples: Samples,
-    classes: NDArray[np.int64],
-    layers_for: Callable[[Samples], Layers],
-    gate: Gate | None,
-    seed: int,
+    grounds: Grounds, size: int, classes: NDArray[np.int64], layers_for: Callable[[Samples], Layers]
 ) -> Decision:
     """Exact shifts on class-balanced batches; the gate picks one draw, or none.
 
     Args:
+        grounds: Runs and judges; draws are of the samples that settings are tried on.
         size: B; 0 tries several sizes.
-        bench: The model.
-        samples: The samples to draw from.
-        classes: Class of each of them, from labels or from the model's own argmax, `[n]`.
+        classes: Class of each of these samples, from labels or from the model's own argmax, `[n]`.
         layers_for: Captures a batch and gives its layers.
-        gate: Judges the draws; None takes the first.
-        seed: Of the draws.
 
     Raises:
         InputError: B is out of range.
     """
-    present = len(np.unique(classes))
-    widest = max(weight.d for weight in bench.weights)
-    sizes = [size] if size else batch_sizes(present, len(samples), widest)
-    generator = np.random.default_rng(seed)
+    gate, samples = grounds.gate, grounds.tried_on
+    widest = max(weight.d for weight in grounds.bench.weights)
+    sizes = [size] if size else batch_sizes(len(np.unique(classes)), len(samples), widest)
+    generator = np.random.default_rng(grounds.seed)
     found: list[_Draw] = []
+    unmoved: Candidate | None = None
     for batch_size in sizes:
         for draw in range(DRAWS):
             batch = samples.select(balanced_batch(classes, batch_size, generator))
             candidate = layers_for(batch).candidate(0.0)
             if not candidate.arrays:
+                unmoved = candidate
                 break
             if gate is None:
-                return _stochastic(bench, samples, candidate, batch, None)
+                return _drawn(grounds, _Draw(batch_size, candidate, batch, None, None))
             verdict, after = gate.judge(candidate.arrays, f"SOS, B = {batch_size}, draw {draw + 1}", 0.0)
             if verdict.accepted:
                 found.append(_Draw(batch_size, candidate, batch, verdict, after))
-    if not found:
-        unchanged = Candidate({}, 0.0)
-        names = [weight.name for weight in bench.weights]
-        return Decision(unchanged, 0.0, samples, dict.fromkeys(names, "the gate refused every draw"))
-    best = min(found, key=lambda draw: draw.verdict.loss)
-    good = [draw for draw in found if _as_good(gate, draw.judged, best.judged)] if gate else found
+    if not found or gate is None:
+        refused = [trial for trial in gate.tried if not trial.accepted] if gate else []
+        names = [weight.name for weight in grounds.bench.weights]
+        rejected = dict.fromkeys(names, f"gate: every draw was rejected ({refused[-1].reason})") if refused else {}
+        promise = Promise(0.0, "noise", samples)
+        kept = unmoved if unmoved is not None and not refused else Candidate({}, 0.0)
+        return Decision(kept, promise, grounds.parallel, rejected=rejected)
+    best = min(found, key=_loss)
+    good = [draw for draw in found if draw is best or _as_good(gate, draw, best)]
     # The smallest batch leaves the most freedom; among its draws the best.
-    taken = min(good, key=lambda draw: (draw.size, draw.verdict.loss))
-    return _stochastic(bench, samples, taken.candidate, taken.batch, taken.verdict)
+    return _drawn(grounds, min(good, key=lambda draw: (draw.size, _loss(draw))))
 
 
-def _stochastic(
-    bench: Workbench, samples: Samples, candidate: Candidate, batch: Samples, verdict: Trial | None
-) -> Decision:
-    deviation = bench.deviation(samples, candidate.arrays).largest_rel()
+def _loss(draw: _Draw) -> float:
+    return draw.verdict.loss if draw.verdict else 0.0
+
+
+def _as_good(gate: Gate, draw: _Draw, best: _Draw) -> bool:
+    assert draw.judged is not None
+    assert best.judged is not None
+    mean, error = paired(gate.deciding(draw.judged), gate.deciding(best.judged))
+    return mean <= error
+
+
+def _drawn(grounds: Grounds, draw: _Draw) -> Decision:
+    deviation = grounds.bench.outputs.deviation(grounds.tried_on, draw.candidate.arrays).largest_rel()
     note = (
-        f"stochastic: outputs are kept on {len(batch)} class-balanced samples; over all {len(samples)} that they were "
-        f"drawn from they deviate by {deviation:.3g}"
+        f"stochastic: outputs are kept on {len(draw.batch)} class-balanced samples; over all {len(grounds.tried_on)} "
+        f"that they were drawn from they deviate by {deviation:.3g}"
     )
-    return Decision(candidate, 0.0, batch, notes=(note,), judged=verdict)
-
-
-@dataclass(frozen=True)
-class _Draw:
-    """One batch that the gate let through."""
-
-    size: int
-    candidate: Candidate
-    batch: Samples
-    verdict: Trial
-    judged: Judged
-
-
-def _last_accepted(gate: Gate) -> Trial | None:
-    return next((trial for trial in reversed(gate.tried) if trial.accepted), None)
-
-
-def _unmoved(candidate: Candidate) -> list[str]:
-    return [name for name, solved in candidate.solved.items() if not solved.moved]
-
-
-def _as_good(gate: Gate, judged: Judged, best: Judged) -> bool:
-    mean, error = paired(gate.deciding(judged), gate.deciding(best))
-    return judged is best or mean <= error
-
-
-def _largest_as_good(judged: dict[float, Judged], gate: Gate) -> float:
-    if gate.loss.is_distance and not gate.rounds:
-        return max(judged)  # the distance always grows with the residual; the gate has already bounded it
-    best = min(judged.values(), key=lambda after: float(gate.deciding(after).mean()))
-    if gate.rounds:
-        # That error is what the shift is for: more deviation at nearly the same error is no gain.
-        return next(residual for residual, after in judged.items() if after is best)
-    return max(residual for residual, after in judged.items() if _as_good(gate, after, best))
-
-
-def _groups(
-    gate: Gate, names: Sequence[str], arrays_of: Callable[[Sequence[str]], Arrays], residual: float, how: str
-) -> tuple[list[str], dict[str, str]]:
-    """Layers that the gate accepts, found by halving refused groups; each is tried on top of those accepted before."""
-    accepted: list[str] = []
-    rejected: dict[str, str] = {}
-    groups: list[Sequence[str]] = [list(names)]
-    trials = 0
-    while groups:
-        group = groups.pop()
-        if trials >= MOST_GROUP_TRIALS:
-            rejected.update(dict.fromkeys(group, f"the gate's search ended after {MOST_GROUP_TRIALS} trials"))
-            continue
-        trials += 1
-        what = f"{how}: {group[0]}" if len(group) == 1 else f"{how}: {len(group)} layers from {group[0]}"
-        verdict, _ = gate.judge(arrays_of([*accepted, *group]), what, residual)
-        if verdict.accepted:
-            accepted += group
-        elif len(group) == 1:
-            rejected[group[0]] = f"gate: {verdict.reason}"
-        else:
-            middle = len(group) // 2
-            groups += [group[middle:], group[:middle]]
-    return accepted, rejected
+    way = Way(f"stochastic, B = {draw.size}", lambda _: draw.candidate, lambda _: draw.candidate)
+    return Decision(draw.candidate, Promise(0.0, "noise", draw.batch), way, draw.verdict, notes=(note,))

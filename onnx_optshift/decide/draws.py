@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from onnx_optshift.calibration.source import Samples
 from onnx_optshift.errors import InputError
+from onnx_optshift.run.outputs import Outputs
 
 
 def balanced_batch(classes: NDArray[np.int64], size: int, generator: np.random.Generator) -> NDArray[np.int64]:
@@ -52,3 +54,28 @@ def batch_sizes(classes: int, samples: int, widest: int) -> list[int]:
     top = max(classes, min(samples, widest - 1))
     grid = np.unique(np.geomspace(classes, top, 5).round().astype(int))
     return [int(size) for size in grid if classes <= size <= samples]
+
+
+def classes_of(outputs: Outputs, samples: Samples) -> NDArray[np.int64]:
+    """Class of each sample `[n]`: its label, or else the model's own argmax.
+
+    Args:
+        outputs: Runs the original model.
+        samples: The samples.
+
+    Raises:
+        InputError: There is neither.
+    """
+    if samples.labels is not None and np.issubdtype(samples.labels.dtype, np.integer):
+        return samples.labels.astype(np.int64)
+    found: list[NDArray[np.int64]] = []
+    for batch, values in outputs.reference(samples):
+        count = len(batch.indices)
+        fitting = [v for v in values.values() if v.ndim >= 2 and v.shape[0] >= count and v[0].size >= 2]
+        if not fitting:
+            raise InputError(
+                "--stochastic draws class by class, and neither are there integer labels nor does the model have an "
+                "output [samples, classes] to take the argmax of. Give labels with the calibration data."
+            )
+        found.append(fitting[0].reshape(fitting[0].shape[0], -1)[:count].argmax(axis=1).astype(np.int64))
+    return np.concatenate(found)

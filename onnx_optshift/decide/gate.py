@@ -26,10 +26,10 @@ from numpy.typing import NDArray
 from onnx_optshift.calibration.source import Batch, Samples
 from onnx_optshift.decide.loss import DISTANCE, Loss, choose_loss
 from onnx_optshift.decide.quantized import Quantizer
-from onnx_optshift.layers import Arrays, allowed_error
 from onnx_optshift.quantize.rtn import Grid
-from onnx_optshift.report.model import Score, Trial
-from onnx_optshift.workbench import Workbench
+from onnx_optshift.report.model import QuantizedScore, Score, Trial
+from onnx_optshift.run.outputs import Arrays, Outputs
+from onnx_optshift.solve.rounding_error import allowed_error
 
 FEW_SAMPLES = 30
 # Top-1 moves in steps of whole samples: one flipped answer alone is one standard error. Two are the usual 95 per cent.
@@ -56,6 +56,11 @@ class Judged:
     quantized: Mapping[Grid, NDArray[np.float64]] = field(default_factory=dict)
 
     @property
+    def errors(self) -> dict[Grid, float]:
+        """Relative error of the quantized outputs over all samples, by grid."""
+        return {grid: math.sqrt(float(squares.mean())) for grid, squares in self.quantized.items()}
+
+    @property
     def score(self) -> Score:
         """Mean loss and top-1 accuracy."""
         top1 = None if self.right is None else float(self.right.mean())
@@ -66,7 +71,7 @@ class Gate:
     """Judges trial weights on held-out data.
 
     Args:
-        bench: Runs the models.
+        outputs: Runs the models.
         samples: Held-out data.
         tolerance: Relative deviation granted on the calibration data; widens the distance allowed without labels.
         quantizer: What the weights are going to be rounded to; None when they stay as they are.
@@ -76,9 +81,9 @@ class Gate:
     """
 
     def __init__(
-        self, bench: Workbench, samples: Samples, tolerance: float, quantizer: Quantizer | None = None
+        self, outputs: Outputs, samples: Samples, tolerance: float, quantizer: Quantizer | None = None
     ) -> None:
-        self._bench = bench
+        self._outputs = outputs
         self._samples = samples
         self._quantizer = quantizer
         self.tried: list[Trial] = []
@@ -93,7 +98,7 @@ class Gate:
         return self._quantizer is not None
 
     def _loss(self) -> Loss:
-        batch, outputs = next(iter(self._bench.reference(self._samples)))
+        batch, outputs = next(iter(self._outputs.reference(self._samples)))
         labels = batch.labels if self._samples.labels is None else self._samples.labels
         return choose_loss(outputs, labels, _rows(batch))
 
@@ -105,7 +110,7 @@ class Gate:
 
     def _run(self, arrays: Arrays, loss: Loss) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         losses, right = [], []
-        for batch, outputs, reference in self._bench.trial_outputs(self._samples, arrays):
+        for batch, outputs, reference in self._outputs.trial(self._samples, arrays):
             batch_losses, batch_right = loss.per_sample(outputs, reference, batch.labels, _rows(batch))
             losses.append(batch_losses)
             if batch_right is not None:
@@ -139,15 +144,29 @@ class Gate:
             mean_difference=mean,
             standard_error=error,
             accepted=not reason,
-            reason=reason or "held-out data is served no worse",
+            reason=reason or self._approval(after),
+            quantized=self.quantized(after),
         )
         self.tried.append(trial)
         return trial, after
 
+    def quantized(self, after: Judged) -> tuple[QuantizedScore, ...]:
+        """Errors of the quantized outputs, of the original and of a judged model."""
+        before = self.before.errors
+        return tuple(QuantizedScore(grid.bits, before[grid], error) for grid, error in after.errors.items())
+
+    def _approval(self, after: Judged) -> str:
+        if after.quantized:
+            return "the quantized outputs on held-out data are no farther from the original's"
+        return (
+            "held-out outputs stay close to the original's" if self.loss.is_distance else "held-out loss is no higher"
+        )
+
     def _objection(self, after: Judged, mean: float, error: float) -> str:
+        """Which rule a candidate breaks, with both sides of it; empty for none."""
         fewest = min((grid.bits for grid in after.quantized), default=0)
-        for grid, errors in after.quantized.items():
-            grown, before = math.sqrt(errors.mean()), math.sqrt(self.before.quantized[grid].mean())
+        for grid, grown in after.errors.items():
+            before = self.before.errors[grid]
             if not grown <= allowed_error(before, self._granted, grid, fewest) * (1 + NO_INCREASE):
                 return f"at {grid.bits} bits the quantized outputs' error grows from {before:.3g} to {grown:.3g}"
         if after.quantized:
@@ -156,15 +175,19 @@ class Gate:
             distance = math.sqrt(max(float(after.losses.mean()), 0.0))
             if distance <= self.allowed_distance:
                 return ""
-            return f"held-out outputs move by {distance:.2g}, allowed without labels is {self.allowed_distance:.2g}"
+            return f"held-out outputs move by {distance:.2g}; without labels {self.allowed_distance:.2g} is allowed"
         few = len(after.losses) < FEW_SAMPLES
         slack = NO_INCREASE * abs(float(self.before.losses.mean()))
-        if not mean <= max(slack, 0.0 if few else error):
-            return f"held-out loss rises by {mean:.3g} (standard error {error:.2g})"
+        allowed = max(slack, 0.0 if few else error)
+        if not mean <= allowed:
+            rule = f"fewer than {FEW_SAMPLES} samples" if few else f"one standard error, {error:.3g}"
+            return f"held-out loss rises by {mean:.3g}, more than the {allowed:.3g} that is allowed ({rule})"
         if after.right is not None and self.before.right is not None:
             drop, drop_error = paired(self.before.right, after.right)
-            if drop > (0.0 if few else TOP1_ERRORS * drop_error):
-                return f"held-out top-1 falls by {100 * drop:.2f} points (standard error {100 * drop_error:.2f})"
+            points = 0.0 if few else TOP1_ERRORS * drop_error
+            if drop > points:
+                rule = f"fewer than {FEW_SAMPLES} samples" if few else f"{TOP1_ERRORS:g} standard errors"
+                return f"held-out top-1 falls by {100 * drop:.2f} points, more than {100 * points:.2f} ({rule})"
         return ""
 
 

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from onnx_optshift.layers import Arrays
 from onnx_optshift.quantize.rtn import Grid, round_initializer
-from onnx_optshift.workbench import Workbench
+from onnx_optshift.run.bench import Bench
+from onnx_optshift.run.outputs import Arrays
 
 
 class Quantizer:
-    """Round-to-nearest of every weight on a workbench, at one or several bit widths.
+    """Round-to-nearest of every weight on a bench, at one or several bit widths.
 
     Args:
         bench: The original model.
         grids: What the user is going to quantize to.
     """
 
-    def __init__(self, bench: Workbench, grids: Sequence[Grid]) -> None:
+    def __init__(self, bench: Bench, grids: Sequence[Grid]) -> None:
         self._bench = bench
         self.grids = tuple(grids)
 
@@ -31,7 +31,7 @@ class Quantizer:
             yield (
                 grid,
                 {
-                    weight.name: self._bench.keep(
+                    weight.name: self._bench.sessions.keep(
                         round_initializer(
                             arrays.get(weight.name, self._bench.model.initializer(weight.name)), weight.form, grid
                         )

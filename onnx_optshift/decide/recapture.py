@@ -14,18 +14,25 @@ from dataclasses import replace
 
 import torch
 
-from onnx_optshift.calibration.source import Samples
+from onnx_optshift.calibration.source import Batch, Samples
+from onnx_optshift.capture.stream import stream
+from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
-from onnx_optshift.layers import ROUNDING_UNIT, Arrays, Candidate, Layers, Solved
+from onnx_optshift.run.bench import Bench, taps_of
+from onnx_optshift.run.layers import Arrays, Candidate, Layers, Solved
 from onnx_optshift.solve.error_ball import BallPath
+from onnx_optshift.solve.problem import ROUNDING_UNIT
 from onnx_optshift.solve.shift import Outcome, Shift
 from onnx_optshift.solve.spectrum import factor
-from onnx_optshift.workbench import Workbench
+from onnx_optshift.stats.moments import InputMoments
+from onnx_optshift.stats.rows import to_rows
 
 # Beyond this many layers the extra passes cost more than the 5 to 10 per cent of norm they have been seen to give.
 MOST_LAYERS = 12
 # Multiplications of one product of all rows, over all layers: some seconds on a few cores.
 MOST_WORK = 2e11
+# Rows that are in float64 at the same time where two captures are multiplied.
+ROWS_AT_ONCE = 8192
 
 
 def affordable(layers: Layers) -> bool:
@@ -35,10 +42,11 @@ def affordable(layers: Layers) -> bool:
         return False
     if any(use.tap.inside for weight in weights for use in weight.uses):
         return False  # shifted weights may change which branch runs and how often: there are no pairs of rows then
-    return sum(layers.moments(w).rows * w.groups * w.d**2 for w in weights) <= MOST_WORK
+    rows = {w.name: sum(layers.store.rows(use.tap) for use in w.uses) for w in weights}
+    return sum(rows[w.name] * w.groups * w.d**2 for w in weights) <= MOST_WORK
 
 
-def layer_by_layer(bench: Workbench, layers: Layers, samples: Samples, residual: float) -> Candidate:
+def layer_by_layer(bench: Bench, layers: Layers, samples: Samples, residual: float) -> Candidate:
     """Shifts of all weights in graph order, each for re-captured inputs and its original outputs.
 
     Args:
@@ -57,10 +65,8 @@ def layer_by_layer(bench: Workbench, layers: Layers, samples: Samples, residual:
     return Candidate(solved, residual)
 
 
-def _solve(
-    bench: Workbench, layers: Layers, samples: Samples, weight: Weight, residual: float, arrays: Arrays
-) -> Solved:
-    moved, cross = bench.collect_moved(weight, samples, arrays)
+def _solve(bench: Bench, layers: Layers, samples: Samples, weight: Weight, residual: float, arrays: Arrays) -> Solved:
+    moved, cross = _capture_moved(bench, weight, samples, arrays)
     original = layers.solve(weight, residual)
     if moved.nonfinite or moved.rows == 0 or not original.shift.norm_before:
         return original
@@ -79,6 +85,33 @@ def _solve(
     shift = path.at(math.hypot(residual, floor))
     # Measured against the weight it replaces, not against the centre it was solved around; a path that finds nothing
     # smaller than the centre gives the centre, which still corrects for what moved before.
-    before = Shift.unchanged(matrix, shift.outcome)
+    before = Shift.unchanged(matrix, Outcome.SHIFTED)
     shift = replace(shift, outcome=Outcome.SHIFTED, norm_before=before.norm_before, range_before=before.range_before)
-    return layers.written(weight, shift)
+    return layers.finish(weight, layers.problem(weight), shift, residual)
+
+
+def _capture_moved(bench: Bench, weight: Weight, samples: Samples, arrays: Arrays) -> tuple[InputMoments, torch.Tensor]:
+    """Moments of the rows A' that meet a weight once others have moved, and A'ᵀA `[g, d, d]` with the original A."""
+    taps = taps_of([weight])
+    copies = {tap: sum(use.tap == tap for use in weight.uses) for tap in taps}
+    moved = InputMoments(weight.groups, weight.d, bench.device.solve)
+    cross = torch.zeros(weight.groups, weight.d, weight.d, dtype=torch.float64, device=bench.device.solve)
+    before: dict[Tap, torch.Tensor] = {}
+    session = bench.sessions.probe(taps, [w.name for w in bench.weights])
+
+    def keep(tap: Tap, _: Batch, activation: torch.Tensor) -> None:
+        before[tap] = to_rows(activation, tap).clone()
+
+    def join(tap: Tap, _: Batch, activation: torch.Tensor) -> None:
+        after, original = to_rows(activation, tap), before[tap]
+        for start in range(0, after.shape[1], ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            for _copy in range(copies[tap]):
+                moved.update(after[:, part])
+                cross.baddbmm_(after[:, part].mT.to(cross), original[:, part].to(cross))
+
+    with bench.progress.stage(f"capture again for {weight.name}", len(samples)) as advance:
+        for batch in samples.batches(bench.batch_size):
+            stream(session, taps, [batch], keep)
+            stream(session, taps, [batch], join, overrides=arrays, done=advance)
+    return moved, cross

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_optshift.calibration.source import Samples
-from onnx_optshift.layers import Candidate
-from onnx_optshift.workbench import Workbench
+from onnx_optshift.run.layers import Candidate
+from onnx_optshift.run.outputs import Outputs
 
 # The search ends inside this share of the tolerance: used, and with room for the file's own rounding.
 AIM_LOW, AIM, AIM_HIGH = 0.85, 0.93, 0.99
@@ -44,18 +44,18 @@ class Shared:
 
 
 def share_out(
-    bench: Workbench, samples: Samples, candidate_at: Callable[[float], Candidate], tolerance: float, seed: int = 0
+    outputs: Outputs, samples: Samples, candidate_at: Callable[[float], Candidate], tolerance: float, seed: int
 ) -> Shared:
     """Finds the largest common layer residual at which the outputs stay within the tolerance.
 
     The search runs on a seeded part of the samples where there are many, and ends on all of them.
 
     Args:
-        bench: Measures deviations.
+        outputs: Measures deviations.
         samples: All data that the promise covers.
         candidate_at: Shifts at a given layer residual; at 0 the exact shift.
         tolerance: Relative deviation that the model outputs may show.
-        seed: Of the part.
+        seed: Of the part, as the user set it.
 
     Returns:
         A candidate within the tolerance; the exact one when nothing more fits.
@@ -64,22 +64,24 @@ def share_out(
     steps = 0
     if len(samples) > 2 * PART:
         part = np.sort(np.random.default_rng(seed).choice(len(samples), PART, replace=False))
-        rough = _search(bench, samples.select(part), candidate_at, tolerance, start)
+        rough = _search(outputs, samples.select(part), candidate_at, tolerance, start)
         steps, start = rough.steps, rough.candidate.tolerance or start
-    found = _search(bench, samples, candidate_at, tolerance, start)
+    found = _search(outputs, samples, candidate_at, tolerance, start)
     return Shared(found.candidate, found.deviation, found.steps + steps)
 
 
 def _search(
-    bench: Workbench, samples: Samples, candidate_at: Callable[[float], Candidate], tolerance: float, residual: float
+    outputs: Outputs, samples: Samples, candidate_at: Callable[[float], Candidate], tolerance: float, residual: float
 ) -> Shared:
     """One search, from a first guess."""
     best: Shared | None = None
     too_far: float | None = None  # smallest residual known to leave the tolerance
     for step in range(1, MOST_STEPS + 1):
         candidate = candidate_at(residual)
-        deviation = bench.deviation(samples, candidate.arrays).largest_rel()
+        deviation = outputs.deviation(samples, candidate.arrays).largest_rel()
         if deviation <= AIM_HIGH * tolerance:
+            if best is not None and too_far is None and deviation <= best.deviation:
+                break  # layers that back off leave the rest unused, and give up altogether where more is allowed
             best = Shared(candidate, deviation, step)
             if deviation >= AIM_LOW * tolerance or residual >= MOST_RESIDUAL:
                 break

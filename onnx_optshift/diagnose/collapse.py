@@ -30,14 +30,13 @@ from torch import Tensor
 from onnx_optshift.calibration.source import Batch, Samples
 from onnx_optshift.capture.stream import stream
 from onnx_optshift.geometry import Tap
-from onnx_optshift.graph.probes import probe_model
 from onnx_optshift.graph.weights import Weight
-from onnx_optshift.layers import ROUNDING_UNIT, Layers
 from onnx_optshift.report.diagnosis import Collapse, LayerRank
-from onnx_optshift.solve.spectrum import Spectrum, decide_rank
+from onnx_optshift.run.bench import Bench
+from onnx_optshift.run.layers import Layers
+from onnx_optshift.solve.spectrum import Spectrum
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.rows import to_rows
-from onnx_optshift.workbench import Workbench
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def nearest(features: Tensor, means: Tensor) -> Tensor:
 
 
 def collapse(
-    bench: Workbench, samples: Samples, classes: NDArray[np.int64], weight: Weight, logits: str | None
+    bench: Bench, samples: Samples, classes: NDArray[np.int64], weight: Weight, logits: str | None
 ) -> Collapse | None:
     """NC1 to NC4 at the input of one weight.
 
@@ -164,15 +163,15 @@ def collapse(
         return None
     tap = weight.uses[0].tap
     moments = FeatureMoments(weight.d, bench.device.solve)
-    session = bench.session(probe_model(bench.model, [tap]))
+    session = bench.sessions.probe([tap])
     one_each = True
 
     def add(_: Tap, batch: Batch, activation: Tensor) -> None:
         nonlocal one_each
         rows = to_rows(activation, tap)[0]
-        one_each = one_each and len(rows) == len(batch.indices) + batch.padding
+        one_each = one_each and len(rows) == len(batch.indices)
         if one_each and bool(torch.isfinite(rows).all()):
-            moments.update(rows[: len(batch.indices)], classes[batch.indices])
+            moments.update(rows, classes[batch.indices])
 
     with bench.progress.stage("neural collapse", len(samples)) as advance:
         stream(session, [tap], samples.batches(bench.batch_size), add, done=advance)
@@ -195,17 +194,17 @@ def collapse(
     )
 
 
-def _columns(bench: Workbench, weight: Weight, labels: NDArray[np.int64]) -> Tensor:
+def _columns(bench: Bench, weight: Weight, labels: NDArray[np.int64]) -> Tensor:
     """Classifier columns of the classes that are present, as rows `[K, d]`, float64."""
     matrix = weight.form.to_matrix(bench.model.initializer(weight.name))[0].astype(np.float64)
     return torch.from_numpy(np.ascontiguousarray(matrix.T[labels])).to(bench.device.solve)
 
 
-def _disagreement(bench: Workbench, samples: Samples, tap: Tap, features: Features, logits: str) -> float:
+def _disagreement(bench: Bench, samples: Samples, tap: Tap, features: Features, logits: str) -> float:
     """NC4: share of samples whose answer, among the classes present, is not the nearest class mean."""
-    session = bench.session(probe_model(bench.model, [tap]))
+    session = bench.sessions.probe([tap])
     means, wrong, seen = features.means, 0, 0
-    for batch, outputs in bench.reference(samples):
+    for batch, outputs in bench.outputs.reference(samples):
         count = len(batch.indices)
         scores = outputs[logits].reshape(outputs[logits].shape[0], -1)[:count]
         answers = scores[:, features.labels].argmax(axis=1)
@@ -222,17 +221,15 @@ def _disagreement(bench: Workbench, samples: Samples, tap: Tap, features: Featur
 
 def layer_rank(weight: Weight, layers: Layers) -> LayerRank | None:
     """Directions that a layer's input uses; None without finite rows."""
-    moments = layers.moments(weight)
-    if moments.nonfinite or moments.rows == 0:
+    if weight.name not in layers.facts:
         return None
     spectrum = layers.spectrum(weight)
-    kept = decide_rank(spectrum, spectrum.coordinates(layers.matrix(weight)), ROUNDING_UNIT[weight.dtype])
     return LayerRank(
         name=weight.name,
         d=weight.d,
-        rows=moments.rows,
+        rows=layers.facts[weight.name].rows,
         rank=int((spectrum.eigenvalues > 0).sum(-1).min()),
-        needed=int(kept.sum(-1).min()),
+        needed=layers.facts[weight.name].rank,
         effective=effective_rank(spectrum),
         stable=stable_rank(spectrum),
     )

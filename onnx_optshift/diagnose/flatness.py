@@ -30,12 +30,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_optshift.calibration.source import Samples
+from onnx_optshift.calibration.split import thinned
 from onnx_optshift.decide.loss import Loss
 from onnx_optshift.diagnose.gauss_newton import top_eigenvalue
-from onnx_optshift.diagnose.landscape import PILOTS, Landscape, Matrix, rise, smooth_session
-from onnx_optshift.layers import Arrays
+from onnx_optshift.diagnose.landscape import PILOTS, Landscape, Matrix, loss_of, rise, smooth_session
 from onnx_optshift.report.diagnosis import Estimate, Flatness, FlatnessReport, LayerFlatness, Sharpness, TopEigenvalue
-from onnx_optshift.workbench import Workbench
+from onnx_optshift.run.bench import Bench
+from onnx_optshift.run.layers import Arrays
+from onnx_optshift.settings import Settings
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.4)
 # Relative flatness and sharpness are judged by eye, not by their third digit: they get fewer probes.
@@ -45,6 +47,7 @@ KEPT_COLUMN_BYTES = 256 * 2**20
 FEWEST_PROBES_FOR_EIGENVALUE = 8
 # Curvature is a mean over samples, and the probes' own spread is larger than that of this many samples.
 MOST_FLATNESS_SAMPLES = 512
+DEFAULT_PROBES = 32
 
 
 @dataclass
@@ -58,7 +61,7 @@ class _Layer:
 
 
 def flatness(
-    bench: Workbench,
+    bench: Bench,
     samples: Samples,
     loss: Loss,
     arrays_before: Arrays,
@@ -125,6 +128,23 @@ def flatness(
     )
 
 
+def flatness_of(
+    bench: Bench, samples: Samples, settings: Settings, arrays: Arrays | None, probes: int | None = None
+) -> FlatnessReport:
+    """Flatness of the original, and of trial weights where there are any, on some of the samples.
+
+    Args:
+        bench: Runs the model.
+        samples: Thinned to `MOST_FLATNESS_SAMPLES`.
+        settings: `flatness` probes, and the seed.
+        arrays: Trial weights by initializer name.
+        probes: Instead of the settings' number.
+    """
+    few = thinned(samples, MOST_FLATNESS_SAMPLES, settings.seed)
+    count = settings.flatness or DEFAULT_PROBES if probes is None else probes
+    return flatness(bench, few, loss_of(bench, few), {}, arrays, probes=count, seed=settings.seed)
+
+
 class Directions:
     """Seeded directions: the same for the same layer and number, whatever else was drawn."""
 
@@ -187,7 +207,7 @@ def _relative(
 
 
 def _sharpness(
-    bench: Workbench, samples: Samples, loss: Loss, place: Landscape, draws: int, directions: Directions
+    bench: Bench, samples: Samples, loss: Loss, place: Landscape, draws: int, directions: Directions
 ) -> list[list[float]]:
     """Rise of the loss for each σ and each pair of draws ±z."""
     rises: list[list[float]] = [[] for _ in SIGMAS]
@@ -227,11 +247,3 @@ def _estimate(values: NDArray[np.float64]) -> Estimate:
         # A sample whose original output is 0 is infinitely far, relatively, once it moves.
         return Estimate(float(values.sum()) / len(values), None)
     return Estimate(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values)))
-
-
-def thinned(samples: Samples, most: int, seed: int) -> Samples:
-    """At most so many of the samples: a seeded draw, in order."""
-    if len(samples) <= most:
-        return samples
-    chosen = np.random.default_rng(seed).choice(len(samples), most, replace=False)
-    return samples.select(np.sort(chosen))

@@ -26,11 +26,15 @@ from numpy.typing import NDArray
 
 from onnx_optshift.calibration.source import Batch, Samples
 from onnx_optshift.capture.session import Session
+from onnx_optshift.capture.stream import real_outputs
 from onnx_optshift.decide.loss import Loss, choose_loss
 from onnx_optshift.diagnose.gauss_newton import output_root
 from onnx_optshift.graph.smooth_piece import CENTER, smooth_piece_model
-from onnx_optshift.layers import ROUNDING_UNIT, Arrays
-from onnx_optshift.workbench import Outputs, Workbench
+from onnx_optshift.run.bench import Bench
+from onnx_optshift.run.feature_curvature import FEWEST_UNITS, FIRST_STEP
+from onnx_optshift.run.layers import Arrays
+from onnx_optshift.run.outputs import Values
+from onnx_optshift.solve.problem import ROUNDING_UNIT
 
 Matrix = NDArray[np.float64]
 Directions = Mapping[str, Matrix]
@@ -38,10 +42,8 @@ Directions = Mapping[str, Matrix]
 # Near the lower end of the interval that Gill et al. accept: L(w) is computed once, so that its error is the same for
 # every probe and does not average out.
 ROUNDING_SHARE = 0.002
-# Steps relative to the root mean square of a weight: the first guess, and the largest that may still be called local.
-FIRST_STEP, LARGEST_STEP = 1e-3, 0.1
-# Fewer rounding units than this, and w + hz is not w moved along z.
-FEWEST_UNITS = 32
+# Largest step, relative to the root mean square of a weight, that may still be called local.
+LARGEST_STEP = 0.1
 PILOTS = 3
 _TABLE_POINTS, _TABLE_ORDER = 9, 4
 _TABLE_VARIANCE = math.factorial(2 * _TABLE_ORDER) / math.factorial(_TABLE_ORDER) ** 2
@@ -60,17 +62,17 @@ class Differences:
     root: NDArray[np.float32] | None
 
 
-def loss_of(bench: Workbench, samples: Samples) -> Loss:
+def loss_of(bench: Bench, samples: Samples) -> Loss:
     """The loss that fits the model's outputs and the labels of these samples.
 
     Raises:
         InputError: The labels fit no output of the model.
     """
-    batch, outputs = next(iter(bench.reference(samples)))
+    batch, outputs = next(iter(bench.outputs.reference(samples)))
     return choose_loss(outputs, batch.labels if samples.labels is None else samples.labels, _rows(batch))
 
 
-def rise(bench: Workbench, samples: Samples, loss: Loss, arrays: Arrays, noises: Sequence[Arrays]) -> list[float]:
+def rise(bench: Bench, samples: Samples, loss: Loss, arrays: Arrays, noises: Sequence[Arrays]) -> list[float]:
     """How much the mean loss of the model itself rises when weights are replaced, for several replacements.
 
     Args:
@@ -82,17 +84,17 @@ def rise(bench: Workbench, samples: Samples, loss: Loss, arrays: Arrays, noises:
     """
     sums = np.zeros(1 + len(noises))
     count = 0
-    for batch, reference in bench.reference(samples):
+    for batch, reference in bench.outputs.reference(samples):
         for k, weights in enumerate([arrays, *noises]):
-            outputs = bench.trial.run({**batch.feeds, **weights})
+            outputs = bench.outputs.run(batch, weights)
             sums[k] += loss.per_sample(outputs, reference, batch.labels, _rows(batch))[0].sum()
         count += _rows(batch)
     return [float(total - sums[0]) / count for total in sums[1:]]
 
 
-def smooth_session(bench: Workbench) -> Session:
+def smooth_session(bench: Bench) -> Session:
     """A session whose weights can be fed and whose kinks decide as at the centre."""
-    return bench.session(smooth_piece_model(bench.model, [weight.name for weight in bench.weights]))
+    return bench.sessions.open(smooth_piece_model(bench.model, [weight.name for weight in bench.weights]))
 
 
 class Landscape:
@@ -111,7 +113,7 @@ class Landscape:
         matrices: The centre, V `[g, d, m]` by initializer.
     """
 
-    def __init__(self, bench: Workbench, session: Session, samples: Samples, loss: Loss, arrays: Arrays) -> None:
+    def __init__(self, bench: Bench, session: Session, samples: Samples, loss: Loss, arrays: Arrays) -> None:
         self._bench = bench
         self._session = session
         self._samples = samples
@@ -124,7 +126,7 @@ class Landscape:
             w.name: np.ascontiguousarray(w.form.to_matrix(self._center[w.name]), dtype=np.float64)
             for w in bench.weights
         }
-        self._outputs: list[Outputs] = []
+        self._outputs: list[Values] = []
         self.count = 0
         self.value = self._start()
 
@@ -132,7 +134,7 @@ class Landscape:
         """Mean loss at `w + step z`, z given for the weights that move, `[g, d, m]` each."""
         moved = self.moved(directions, step)
         total = 0.0
-        for batch, reference in self._bench.reference(self._samples):
+        for batch, reference in self._bench.outputs.reference(self._samples):
             total += float(self._losses(batch, self._run(batch, moved), reference).sum())
         return total / self.count
 
@@ -146,7 +148,7 @@ class Landscape:
         """
         up, down = self.moved(directions, step), self.moved(directions, -step)
         total, pieces = 0.0, []
-        for (batch, reference), center in zip(self._bench.reference(self._samples), self._outputs, strict=True):
+        for (batch, reference), center in zip(self._bench.outputs.reference(self._samples), self._outputs, strict=True):
             above, below = self._run(batch, up), self._run(batch, down)
             losses = self._losses(batch, above, reference) + self._losses(batch, below, reference)
             total += float(losses.sum())
@@ -203,7 +205,7 @@ class Landscape:
 
     def _start(self) -> float:
         total = 0.0
-        for batch, reference in self._bench.reference(self._samples):
+        for batch, reference in self._bench.outputs.reference(self._samples):
             outputs = self._run(batch, self._center)
             losses = self._losses(batch, outputs, reference)
             total += float(losses.sum())
@@ -220,10 +222,10 @@ class Landscape:
             arrays[name] = form.from_matrix(self.matrices[name] + step * direction).astype(before.dtype)
         return arrays
 
-    def _run(self, batch: Batch, arrays: Arrays) -> Outputs:
-        return self._session.run({**batch.feeds, **self._anchor, **arrays})
+    def _run(self, batch: Batch, arrays: Arrays) -> Values:
+        return real_outputs(self._session.run({**batch.feeds, **self._anchor, **arrays}), batch)
 
-    def _losses(self, batch: Batch, outputs: Outputs, reference: Outputs) -> NDArray[np.float64]:
+    def _losses(self, batch: Batch, outputs: Values, reference: Values) -> NDArray[np.float64]:
         return self._loss.per_sample(outputs, reference, batch.labels, _rows(batch))[0]
 
 

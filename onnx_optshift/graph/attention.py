@@ -11,17 +11,7 @@ OPERANDS = (1,)
 
 
 def match(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
-    """Reads the projections of one attention block as rows @ V.
-
-    Args:
-        node: The node.
-        operand: 1, the merged projections.
-        form: The weight at that operand.
-
-    Returns:
-        The match, or the reason why there is none.
-    """
-    del operand  # the projections have only one place
+    """Reads the projections of one attention block as rows @ V."""
     if len(form.result_shape) != 2:
         return f"an {node.op} weight has 2 axes, this one {len(form.result_shape)}"
     return make_match(node, 0, with_leading_axis(form), MatrixRows())

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Final
 
 import onnx
@@ -43,14 +42,9 @@ def graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def unique_names(main: onnx.GraphProto) -> list[dict[str, str]]:
-    """Names under which the values of each graph are known model-wide.
+    """For each graph of `graphs`, the model-wide names of the values that it defines, by their names there.
 
-    Args:
-        main: The main graph. Its own values keep their names.
-
-    Returns:
-        For each graph of `graphs`: by the name of a value that it defines, the model-wide one: the name itself where
-        no other graph uses it, else the name and a number.
+    A name stays where no other graph uses it, and in the main graph; else it gets a number: `NAME#1`.
     """
     defined = [list(dict.fromkeys(_defined(graph))) for graph in graphs(main)]
     counts = Counter(name for names in defined for name in names)
@@ -73,10 +67,7 @@ def flattened(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The model with functions inlined and no two values of one name; the model itself where nothing stands in the way.
 
     Initializers and outputs of Constant nodes have the names of `tensors.owned_tensors`. A function that cannot be
-    inlined stays.
-
-    Args:
-        proto: A model; never changed.
+    inlined stays. The given model is never changed.
     """
     names = unique_names(proto.graph)
     renamed = any(old != new for scope in names for old, new in scope.items())
@@ -113,22 +104,18 @@ def expose(graph: onnx.GraphProto, wanted: Mapping[str, Inside]) -> None:
         graph: The main graph, of a model from `flattened`.
         wanted: Where the values are, by the name that the main graph is to have them under.
     """
-    _Exposure({place.value: (name, place.element_type) for name, place in wanted.items()}).into(graph, 0)
+    _Exposure(wanted).into(graph, 0)
 
 
-@dataclass
 class _Exposure:
     """Values to hand out: the name at the top and the element type, by name in their body."""
 
-    wanted: Mapping[str, tuple[str, int]]
-    _fresh: int = field(default=0, init=False)
+    def __init__(self, wanted: Mapping[str, Inside]) -> None:
+        self.wanted = {place.value: (name, place.element_type) for name, place in wanted.items()}
+        self._fresh = 0
 
     def into(self, graph: onnx.GraphProto, depth: int) -> dict[str, str]:
-        """Adds outputs to the bodies in a graph and to the nodes that own them.
-
-        Returns:
-            The names that wanted values now have in this graph.
-        """
+        """Adds outputs to bodies and to the nodes that own them; gives the names that wanted values now have here."""
         here: dict[str, str] = {}
         for node in graph.node:
             found = [self._out_of(body, depth + 1) for body in bodies(node)]

@@ -16,17 +16,7 @@ OPERANDS = (1,)
 
 
 def match(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
-    """Reads one convolution as patches @ V.
-
-    Args:
-        node: The node.
-        operand: 1, the kernel.
-        form: The kernel at that operand.
-
-    Returns:
-        The match, or the reason why there is none.
-    """
-    del operand  # a kernel has only one place
+    """Reads one convolution as patches @ V."""
     shape = form.result_shape
     if len(shape) < 3:
         return f"a Conv weight has at least 3 axes, this one {len(shape)}"

@@ -18,12 +18,11 @@ import onnx_graphsurgeon as gs
 from onnx_optshift.geometry import Inside, WeightForm
 from onnx_optshift.graph.bodies import LOOPS, can_expose
 from onnx_optshift.graph.modelfile import ModelFile
-from onnx_optshift.graph.operators import MICROSOFT, QUANTIZED, operator_of
+from onnx_optshift.graph.operators import QUANTIZED, operator_of
 from onnx_optshift.graph.passthrough import QUANTIZATION, constant_integers, passed_through
-from onnx_optshift.graph.scopes import Scopes, domain_of
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.graph.tensors import FLOAT_TYPES, type_name
-from onnx_optshift.graph.weights import Match, Skip, Use, Weight, attribute, display_name
+from onnx_optshift.graph.weights import Match, Skip, Weight, attribute, display_name, domain_of
 
 # They read a tensor's dims, which a shift keeps.
 _SHAPE_ONLY: Final = frozenset({"Shape", "Size"})
@@ -44,13 +43,10 @@ class _Reading:
 def discover(model: ModelFile, selection: Selection) -> tuple[list[Weight], list[Skip]]:
     """Finds all weights of a model.
 
-    Args:
-        model: The model.
-        selection: Which of them are wanted.
-
     Returns:
-        The weights to solve for, and the linear layers left alone with the reasons, both in the order of the graph. A
-        node that multiplies two computed values has no weight, and is in neither list.
+        The weights to solve for, and the linear layers left alone with the reasons, both in the order of the graph;
+        those that could be solved for but are not selected (`Skip.unselected`) come last. A node that multiplies two
+        computed values has no weight, and is in neither list: both are empty for a model without linear layers.
 
     Raises:
         InputError: A pattern fits nothing, or the graph is malformed.
@@ -65,9 +61,9 @@ def discover(model: ModelFile, selection: Selection) -> tuple[list[Weight], list
 class _Finder:
     def __init__(self, model: ModelFile) -> None:
         self._model = model
-        self._scopes = Scopes.of(model.graph)
+        self._scopes = model.scopes
         self._values = self._scopes.values()
-        self._outputs = {id(value) for value in model.graph.outputs}
+        self._outputs = {id(value) for value in model.scopes.graph.outputs}
         self._integers = partial(constant_integers, model.tensors)
         self._position = {id(node): index for index, node in enumerate(self._scopes.nodes)}
         self._reached: set[tuple[int, int]] = set()  # (id of a linear node, operand)
@@ -79,19 +75,17 @@ class _Finder:
             if value is None or any(dim < 0 for dim in tensor.dims):
                 continue
             readings = list(self._readings(value, WeightForm(tuple(tensor.dims)), tensor.data_type))
-            layers = [(reading, reading.node) for reading in readings if reading.node and self._is_layer(reading)]
+            layers = [(r.node, r.operand) for r in readings if r.node and self._multiplies(r.node, r.operand)]
             if not layers:
                 continue
-            self._reached.update((id(node), reading.operand) for reading, node in layers)
-            verdict = self._judge(tensor, readings, layers[0][1])
-            first = layers[0][1]
-            position = min(self._position[id(node)] for _, node in layers)
-            if isinstance(verdict, str):
-                yield position, Skip(name, display_name(first), first.op, verdict)
+            self._reached |= {(id(node), operand) for node, operand in layers}
+            position = min(self._position[id(node)] for node, _ in layers)
+            first, _ = layers[0]
+            match = self._judge(tensor, readings, first)
+            if isinstance(match, str):
+                yield position, Skip(name, display_name(first), first.op, match)
             else:
-                form, uses = verdict
-                owner = "constant" if value.inputs else "initializer"
-                yield position, Weight(name, type_name(tensor), tuple(tensor.dims), form, uses, owner)
+                yield position, Weight(name, type_name(tensor), tuple(tensor.dims), match.form, match.uses)
 
     def unnamed(self) -> Iterator[tuple[int, Skip]]:
         """Linear layers whose weight is constant, but no tensor that can be patched. Comes after `named`."""
@@ -101,30 +95,32 @@ class _Finder:
                 value = node.inputs[operand] if operand < len(node.inputs) else None
                 if value is None or not value.name or not self._scopes.is_constant(value):
                     continue
-                if (id(node), operand) in self._reached or not self._has_activation(node, operand):
+                if (id(node), operand) in self._reached or not self._multiplies(node, operand):
                     continue
                 producer = value.inputs[0] if value.inputs else None
                 if id(node) not in self._scopes.owners:
                     reason = f"inside {self._scopes.body_of[id(node)]}, which cannot be inlined"
-                elif producer is not None and producer.op == "Constant":
+                elif producer is None or (producer.op == "Constant" and not producer.attrs):
+                    reason = "its weight is stored sparse"
+                elif producer.op == "Constant" and "value" in producer.attrs:
                     reason = "its weight is a constant inside a function, which has it for all its calls"
-                elif producer is not None:
+                elif producer.op == "Constant":
+                    reason = f"its weight is a list of numbers in Constant node {display_name(producer)!r}, no tensor"
+                else:
                     by = f"{producer.op} node {display_name(producer)!r}"
                     reason = f"its weight is computed from constants by {by}; fold constants first"
-                else:
-                    reason = "its weight is stored sparse"
                 name = None if producer is not None else str(value.name)
                 yield self._position[id(node)], Skip(name, display_name(node), node.op, reason)
 
-    def _judge(
-        self, tensor: onnx.TensorProto, readings: Sequence[_Reading], first: gs.Node
-    ) -> tuple[WeightForm, tuple[Use, ...]] | str:
+    def _judge(self, tensor: onnx.TensorProto, readings: Sequence[_Reading], first: gs.Node) -> Match | str:
         """The one form and all uses of a constant, or why it must stay."""
         shape = tuple(tensor.dims)
-        if any(reading.quantized for reading in readings) or tensor.data_type not in FLOAT_TYPES:
-            operator = operator_of(first)
-            if any(reading.quantized for reading in readings) or (operator and operator.reason == QUANTIZED):
-                return f"{QUANTIZED} ({type_name(tensor)})"
+        operator = operator_of(first)
+        floating = tensor.data_type in FLOAT_TYPES
+        by_operator = operator is not None and operator.reason == QUANTIZED and not floating
+        if by_operator or any(reading.quantized for reading in readings):
+            return f"{QUANTIZED} ({type_name(tensor)})"
+        if not floating:
             return f"its type is {type_name(tensor)}, not a floating type"
         if 0 in shape:
             return f"its shape {list(shape)} is empty"
@@ -141,14 +137,14 @@ class _Finder:
                 return (
                     f"{one.op_type} node {one.node!r} and {two.op_type} node {two.node!r} read it as different matrices"
                 )
-        return form, tuple(use for match in matches for use in match.uses)
+        return Match(tuple(use for match in matches for use in match.uses), form)
 
     def _match(self, reading: _Reading) -> Match | str:
         node = reading.node
-        operator = operator_of(node) if node is not None else None
-        if node is None or operator is None or not self._is_layer(reading):
+        operator = operator_of(node) if node and self._multiplies(node, reading.operand) else None
+        if operator is None:
             return f"also read by {reading.reader}"
-        match = operator.matcher(node, reading.operand, reading.form) if operator.matcher else operator.reason
+        match = operator.match(node, reading.operand, reading.form)
         return self._within_reach(match, node, reading.element_type) if isinstance(match, Match) else match
 
     def _within_reach(self, match: Match, node: gs.Node, element_type: int) -> Match | str:
@@ -191,7 +187,7 @@ class _Finder:
                     if read is not value:
                         continue
                     function = self._scopes.function_inputs.get((domain_of(node), node.op), [])
-                    behind = self._behind(node, operand, form)
+                    behind = passed_through(node, operand, form, self._integers)
                     if operand < len(function):
                         todo.append((function[operand], form, quantized, element_type))
                     elif behind is not None:
@@ -200,17 +196,8 @@ class _Finder:
                     else:
                         yield _Reading(reader, node, operand, form, quantized, element_type)
 
-    def _behind(self, node: gs.Node, operand: int, form: WeightForm) -> WeightForm | None:
-        if domain_of(node) and not (domain_of(node) == MICROSOFT and node.op in QUANTIZATION):
-            return None
-        return passed_through(node, operand, form, self._integers)
-
-    def _is_layer(self, reading: _Reading) -> bool:
-        """Whether a linear operator multiplies something computed with the constant."""
-        return reading.node is not None and self._has_activation(reading.node, reading.operand)
-
-    def _has_activation(self, node: gs.Node, operand: int) -> bool:
-        """Whether the operand can be a weight, and what meets it there is computed. A computed bias does not count."""
+    def _multiplies(self, node: gs.Node, operand: int) -> bool:
+        """Whether a linear operator multiplies the operand with something computed. A computed bias does not count."""
         operator = operator_of(node)
         if operator is None or operand not in operator.operands:
             return False

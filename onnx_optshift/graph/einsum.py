@@ -42,16 +42,7 @@ class _Term:
 
 
 def match(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
-    """Reads one contraction as rows @ V.
-
-    Args:
-        node: The node.
-        operand: Index of the weight.
-        form: The weight at that operand.
-
-    Returns:
-        The match, or the reason why there is none.
-    """
+    """Reads one contraction as rows @ V."""
     equation = attribute(node, "equation", "")
     terms = _parsed(equation)
     if terms is None or len(terms) != 1 + len(node.inputs):

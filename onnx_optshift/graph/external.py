@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import BinaryIO, Final
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 
 from onnx_optshift.errors import InputError
-from onnx_optshift.graph.tensors import raw_size, stored_dtype
-
-_CHUNK: Final = 1 << 22
-# What a system says that cannot copy between these two files by itself.
-_NOT_IN_KERNEL: Final = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF}
+from onnx_optshift.graph.tensors import inline_bytes, is_external, raw_size, stored_dtype
 
 
 @dataclass(frozen=True)
@@ -125,53 +118,18 @@ def external_array(tensor: onnx.TensorProto, folder: Path | None) -> NDArray[np.
         raise InputError(f"tensor {tensor.name!r}: cannot map external data {span.path}: {error}.") from error
 
 
-def copy_bytes(source: BinaryIO, offset: int, length: int, target: BinaryIO) -> None:
-    """Appends a part of one file to another, at the target's position, without holding it in memory.
-
-    The kernel copies where it can; file systems that share blocks then copy nothing at all.
-
-    Args:
-        source: Open for reading.
-        offset: First byte.
-        length: Number of bytes.
-        target: Open for writing; its position is behind the copy afterwards.
+def payload(tensor: onnx.TensorProto, folder: Path | None) -> NDArray[np.uint8]:
+    """A tensor's raw little-endian bytes `[n]`, wherever they are; those of an external file are mapped, not loaded.
 
     Raises:
-        OSError: The system cannot read or write.
-        InputError: The source is shorter than that.
+        InputError: They are not where the tensor says, or do not fit its dims and type.
     """
-    target.flush()
-    position = target.tell()
-    done = _copied_by_kernel(source, offset, length, target, position)
-    target.seek(position + done)
-    source.seek(offset + done)
-    while done < length:
-        chunk = source.read(min(length - done, _CHUNK))
-        if not chunk:
-            raise InputError(f"{source.name}: became shorter while it was read. Run again.")
-        target.write(chunk)
-        done += len(chunk)
-
-
-def _copied_by_kernel(source: BinaryIO, offset: int, length: int, target: BinaryIO, position: int) -> int:
-    """Bytes that the kernel has copied; the rest is left to the caller.
-
-    Raises:
-        OSError: The system cannot read or write.
-    """
-    done = 0
-    if not hasattr(os, "copy_file_range"):
-        return done
-    try:
-        while done < length:
-            count = os.copy_file_range(source.fileno(), target.fileno(), length - done, offset + done, position + done)
-            if not count:
-                break
-            done += count
-    except OSError as error:
-        if error.errno not in _NOT_IN_KERNEL:
-            raise
-    return done
+    if not is_external(tensor):
+        return np.frombuffer(inline_bytes(tensor), np.uint8)
+    span = locate(tensor, folder)
+    if span.length == 0:
+        return np.zeros(0, np.uint8)  # an empty span cannot be mapped
+    return np.memmap(span.path, np.uint8, mode="r", offset=span.offset, shape=(span.length,))
 
 
 def _number(text: str, what: str, key: str) -> int:

@@ -14,16 +14,7 @@ OPERANDS = (0, 1)
 
 
 def match(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
-    """Reads one Gemm as rows @ V.
-
-    Args:
-        node: The node.
-        operand: 1 for a weight on the right (the usual case), 0 for one on the left.
-        form: The weight at that operand.
-
-    Returns:
-        The match, or the reason why there is none.
-    """
+    """Reads one Gemm as rows @ V."""
     if len(form.result_shape) != 2:
         return f"a Gemm weight has 2 axes, this one {len(form.result_shape)}"
     alpha = attribute(node, "alpha", 1.0)

@@ -17,16 +17,7 @@ OPERANDS = (0, 1)
 
 
 def match(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
-    """Reads one MatMul as rows @ V.
-
-    Args:
-        node: The node.
-        operand: 1 for a weight on the right, 0 for one on the left.
-        form: The weight at that operand.
-
-    Returns:
-        The match, or the reason why there is none.
-    """
+    """Reads one MatMul as rows @ V."""
     shape = form.result_shape
     if not shape:
         return "a scalar is no matrix"

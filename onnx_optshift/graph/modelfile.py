@@ -2,6 +2,9 @@
 
 Parsing, the ONNX checker and graph import meet files from anywhere, so whatever goes wrong in them becomes one
 `InputError` here; behind this edge a model is well-formed.
+
+onnx-graphsurgeon reads the graph and not onnx-ir, which (1.1.0) refuses models with values of a map type (what
+scikit-learn classifiers hand out) or with sparse constants, and does not see sparse initializers.
 """
 
 from __future__ import annotations
@@ -43,13 +46,11 @@ class TensorSpec:
     Attributes:
         name: Its name.
         dtype: Element type; None for inputs that are no tensors.
-        onnx_type: The type as ONNX Runtime prints it: `tensor(float)`, `seq(tensor(int64))`.
-        shape: A number, a symbol or None (unknown) per axis; None when even the rank is unknown.
+        shape: A number, a symbol or None (unknown) per axis; None when even the rank is unknown, or it is no tensor.
     """
 
     name: str
     dtype: np.dtype[np.generic] | None
-    onnx_type: str
     shape: tuple[int | str | None, ...] | None
 
 
@@ -73,13 +74,7 @@ class ModelFile:
 
     @classmethod
     def load(cls, source: str | Path | onnx.ModelProto) -> ModelFile:
-        """Reads and checks a model.
-
-        Args:
-            source: A path, or a model with its data inside, which is then used as it is and must not be changed.
-
-        Returns:
-            The model.
+        """Reads and checks a model: a path, or an object with its data inside, which must not be changed afterwards.
 
         Raises:
             InputError: It cannot be read, is not ONNX, is damaged, too new, or its external data is not in place.
@@ -144,8 +139,8 @@ class ModelFile:
         return flattened(self.proto)
 
     @cached_property
-    def graph(self) -> gs.Graph:
-        """Producers and consumers of every value of `flat`. Read only: it is never exported.
+    def scopes(self) -> Scopes:
+        """Producers and readers of every value of `flat`, and what runs where. Read only: it is never exported.
 
         Raises:
             InputError: The graph cannot be built.
@@ -153,7 +148,7 @@ class ModelFile:
         # graphsurgeon prints to the terminal by itself.
         severity, G_LOGGER.severity = G_LOGGER.severity, G_LOGGER.CRITICAL + 1
         try:
-            return gs.import_onnx(self.flat)
+            return Scopes(gs.import_onnx(self.flat))
         except Exception as error:
             raise InputError(
                 f"{self.where}: the graph cannot be read ({_short(error)}). Export the model again."
@@ -162,13 +157,7 @@ class ModelFile:
             G_LOGGER.severity = severity
 
     def initializer(self, name: str) -> NDArray[np.generic]:
-        """Decodes one tensor. Nothing is cached; external tensors are mapped, not loaded.
-
-        Args:
-            name: A name in `tensors`.
-
-        Returns:
-            The array in its own dtype and shape, read only where possible; bfloat16 as ml_dtypes' type.
+        """One of `tensors` in its own dtype (bfloat16 as ml_dtypes' type) and shape; external ones mapped, not loaded.
 
         Raises:
             InputError: There is no such tensor, or its data is damaged.
@@ -243,14 +232,10 @@ def _with_graph_name(data: bytes, proto: onnx.ModelProto) -> bytes:
 
 
 def _check_names(model: ModelFile) -> None:
-    """Insists that names are text: protobuf hands out bytes for what is not UTF-8.
-
-    Raises:
-        InputError: A name is not.
-    """
+    # Protobuf hands out bytes for what is not UTF-8.
     graph = model.flat.graph
     names = [value.name for value in (*graph.input, *graph.output, *graph.initializer)]
-    for node in Scopes.of(model.graph).nodes:
+    for node in model.scopes.nodes:
         names += [node.name, node.op, node.domain or "", *(value.name for value in (*node.inputs, *node.outputs))]
     wrong = next((name for name in names if not isinstance(name, str)), None)
     if wrong is not None:
@@ -276,9 +261,8 @@ def _short(error: Exception) -> str:
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    kind = value.type.WhichOneof("value")
-    if kind != "tensor_type":
-        return TensorSpec(value.name, None, _type_string(value.type), None)
+    if value.type.WhichOneof("value") != "tensor_type":
+        return TensorSpec(value.name, None, None)
     tensor = value.type.tensor_type
     shape: tuple[int | str | None, ...] | None = None
     if tensor.HasField("shape"):
@@ -286,27 +270,6 @@ def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
             dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor.shape.dim
         )
     try:
-        dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+        return TensorSpec(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape)
     except (KeyError, ValueError, TypeError):
-        dtype = None
-    return TensorSpec(value.name, dtype, _type_string(value.type), shape)
-
-
-def _type_string(kind: onnx.TypeProto) -> str:
-    which = kind.WhichOneof("value")
-    if which == "tensor_type":
-        return f"tensor({_element(kind.tensor_type.elem_type)})"
-    if which == "sparse_tensor_type":
-        return f"sparse_tensor({_element(kind.sparse_tensor_type.elem_type)})"
-    if which == "sequence_type":
-        return f"seq({_type_string(kind.sequence_type.elem_type)})"
-    if which == "optional_type":
-        return f"optional({_type_string(kind.optional_type.elem_type)})"
-    if which == "map_type":
-        return f"map({_element(kind.map_type.key_type)},{_type_string(kind.map_type.value_type)})"
-    return str(which or "unknown")
-
-
-def _element(number: int) -> str:
-    names = {value: name for name, value in onnx.TensorProto.DataType.items()}
-    return str(names.get(number, "undefined")).lower()
+        return TensorSpec(value.name, None, shape)

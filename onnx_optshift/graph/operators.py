@@ -7,13 +7,11 @@ from typing import Final
 
 import onnx_graphsurgeon as gs
 
+from onnx_optshift.geometry import WeightForm
 from onnx_optshift.graph import attention, conv, conv_transpose, einsum, gemm, matmul, recurrent
-from onnx_optshift.graph.scopes import domain_of
-from onnx_optshift.graph.weights import Matcher
+from onnx_optshift.graph.weights import MICROSOFT, Match, Matcher, domain_of
 
-MICROSOFT: Final = "com.microsoft"
 QUANTIZED: Final = "already quantized"
-_UNHANDLED: Final = "this operator is not handled"
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,12 @@ class Operator:
     """
 
     operands: tuple[int, ...]
-    matcher: Matcher | None
-    reason: str = ""
+    matcher: Matcher | None = None
+    reason: str = "this operator is not handled"
+
+    def match(self, node: gs.Node, operand: int, form: WeightForm) -> Match | str:
+        """The match of a node whose weight of this form is at `operand`, or why there is none."""
+        return self.matcher(node, operand, form) if self.matcher else self.reason
 
     def activations(self, operand: int) -> tuple[int, ...]:
         """Operands that can be what meets the weight at `operand`."""
@@ -37,54 +39,42 @@ class Operator:
         return tuple(other for other in self.operands if other != operand)
 
 
-def _handled(operands: tuple[int, ...], matcher: Matcher) -> Operator:
-    return Operator(operands, matcher)
-
-
-def _left_alone(*operands: int, reason: str = _UNHANDLED) -> Operator:
-    return Operator(operands, None, reason)
-
-
-def _quantized(*operands: int) -> Operator:
-    return Operator(operands, None, QUANTIZED)
-
-
 # By domain and operator.
 OPERATORS: Final[dict[tuple[str, str], Operator]] = {
-    ("", "Gemm"): _handled(gemm.OPERANDS, gemm.match),
-    (MICROSOFT, "FusedGemm"): _handled(gemm.OPERANDS, gemm.match),
-    ("", "MatMul"): _handled(matmul.OPERANDS, matmul.match),
-    (MICROSOFT, "FusedMatMul"): _handled(matmul.OPERANDS, matmul.match),
-    ("", "Conv"): _handled(conv.OPERANDS, conv.match),
-    (MICROSOFT, "FusedConv"): _handled(conv.OPERANDS, conv.match),
-    ("", "ConvTranspose"): _handled(conv_transpose.OPERANDS, conv_transpose.match),
-    ("", "Einsum"): _handled(einsum.OPERANDS, einsum.match),
-    ("", "LSTM"): _handled(recurrent.OPERANDS, recurrent.match),
-    ("", "GRU"): _handled(recurrent.OPERANDS, recurrent.match),
-    ("", "RNN"): _handled(recurrent.OPERANDS, recurrent.match),
-    (MICROSOFT, "Attention"): _handled(attention.OPERANDS, attention.match),
-    ("", "DeformConv"): _left_alone(1, reason="the places that its kernel reads are computed"),
-    ("", "MatMulInteger"): _quantized(0, 1),
-    ("", "QLinearMatMul"): _quantized(0, 3),
-    ("", "QLinearConv"): _quantized(3),
-    ("", "ConvInteger"): _quantized(1),
-    (MICROSOFT, "QAttention"): _quantized(1),
-    (MICROSOFT, "QGemm"): _quantized(0, 3),
-    (MICROSOFT, "QLinearConv"): _quantized(3),
-    (MICROSOFT, "MatMulNBits"): _quantized(1),
-    (MICROSOFT, "MatMulBnb4"): _quantized(1),
-    (MICROSOFT, "MatMulFpQ4"): _quantized(1),
-    (MICROSOFT, "MatMulIntegerToFloat"): _quantized(1),
-    (MICROSOFT, "DynamicQuantizeMatMul"): _quantized(1),
-    (MICROSOFT, "DynamicQuantizeLSTM"): _quantized(1, 2),
-    (MICROSOFT, "QMoE"): _quantized(2, 5, 8),
-    (MICROSOFT, "MoE"): _left_alone(2, 4, 6, reason="which rows meet which expert is decided inside the operator"),
-    (MICROSOFT, "PackedAttention"): _left_alone(1),
-    (MICROSOFT, "LongformerAttention"): _left_alone(1),
-    (MICROSOFT, "DecoderAttention"): _left_alone(2, 3),
-    (MICROSOFT, "ConvTransposeWithDynamicPads"): _left_alone(1),
-    (MICROSOFT, "GemmFastGelu"): _left_alone(1),
-    (MICROSOFT, "GemmFloat8"): _left_alone(0, 1),
+    ("", "Gemm"): Operator(gemm.OPERANDS, gemm.match),
+    (MICROSOFT, "FusedGemm"): Operator(gemm.OPERANDS, gemm.match),
+    ("", "MatMul"): Operator(matmul.OPERANDS, matmul.match),
+    (MICROSOFT, "FusedMatMul"): Operator(matmul.OPERANDS, matmul.match),
+    ("", "Conv"): Operator(conv.OPERANDS, conv.match),
+    (MICROSOFT, "FusedConv"): Operator(conv.OPERANDS, conv.match),
+    ("", "ConvTranspose"): Operator(conv_transpose.OPERANDS, conv_transpose.match),
+    ("", "Einsum"): Operator(einsum.OPERANDS, einsum.match),
+    ("", "LSTM"): Operator(recurrent.OPERANDS, recurrent.match),
+    ("", "GRU"): Operator(recurrent.OPERANDS, recurrent.match),
+    ("", "RNN"): Operator(recurrent.OPERANDS, recurrent.match),
+    (MICROSOFT, "Attention"): Operator(attention.OPERANDS, attention.match),
+    ("", "DeformConv"): Operator((1,), reason="the places that its kernel reads are computed"),
+    ("", "MatMulInteger"): Operator((0, 1), reason=QUANTIZED),
+    ("", "QLinearMatMul"): Operator((0, 3), reason=QUANTIZED),
+    ("", "QLinearConv"): Operator((3,), reason=QUANTIZED),
+    ("", "ConvInteger"): Operator((1,), reason=QUANTIZED),
+    (MICROSOFT, "QAttention"): Operator((1,), reason=QUANTIZED),
+    (MICROSOFT, "QGemm"): Operator((0, 3), reason=QUANTIZED),
+    (MICROSOFT, "QLinearConv"): Operator((3,), reason=QUANTIZED),
+    (MICROSOFT, "MatMulNBits"): Operator((1,), reason=QUANTIZED),
+    (MICROSOFT, "MatMulBnb4"): Operator((1,), reason=QUANTIZED),
+    (MICROSOFT, "MatMulFpQ4"): Operator((1,), reason=QUANTIZED),
+    (MICROSOFT, "MatMulIntegerToFloat"): Operator((1,), reason=QUANTIZED),
+    (MICROSOFT, "DynamicQuantizeMatMul"): Operator((1,), reason=QUANTIZED),
+    (MICROSOFT, "DynamicQuantizeLSTM"): Operator((1, 2), reason=QUANTIZED),
+    (MICROSOFT, "QMoE"): Operator((2, 5, 8), reason=QUANTIZED),
+    (MICROSOFT, "MoE"): Operator((2, 4, 6), reason="which rows meet which expert is decided inside the operator"),
+    (MICROSOFT, "PackedAttention"): Operator((1,)),
+    (MICROSOFT, "LongformerAttention"): Operator((1,)),
+    (MICROSOFT, "DecoderAttention"): Operator((2, 3)),
+    (MICROSOFT, "ConvTransposeWithDynamicPads"): Operator((1,)),
+    (MICROSOFT, "GemmFastGelu"): Operator((1,)),
+    (MICROSOFT, "GemmFloat8"): Operator((0, 1)),
 }
 
 

@@ -5,42 +5,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
 
-from onnx_optshift.errors import InputError
 from onnx_optshift.geometry import Reshape, Transpose, WeightForm
-from onnx_optshift.graph.weights import attribute
+from onnx_optshift.graph.tensors import FLOAT_TYPES, inline_array
+from onnx_optshift.graph.weights import MICROSOFT, attribute, domain_of
 
 # The integers that a value is known to hold; None when it is computed.
 Integers = Callable[[gs.Tensor], "tuple[int, ...] | None"]
 
 _MOST_AXES = 64  # numpy's limit
 QUANTIZATION = frozenset({"QuantizeLinear", "DequantizeLinear"})
-_FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16, onnx.TensorProto.DOUBLE)
 
 
 def passed_through(node: gs.Node, operand: int, form: WeightForm, integers: Integers) -> WeightForm | None:
-    """The form of a node's output when the node only rearranges (or rounds) this operand.
+    """The form of a node's output when the node only rearranges (or rounds) a constant of this form.
 
-    Args:
-        node: A node that reads a constant.
-        operand: Where it reads it.
-        form: The constant at that operand.
-        integers: Looks up constant shapes and axes.
-
-    Returns:
-        The form behind the node, or None when the node does something else or its shape is not known beforehand.
+    None when it does something else, or when its shape is not known beforehand; `integers` looks up shapes and axes.
     """
     shape = form.result_shape
     rank = len(shape)
-    if operand != 0 or not node.outputs or rank > _MOST_AXES:
+    known = not domain_of(node) or (domain_of(node) == MICROSOFT and node.op in QUANTIZATION)
+    if not known or operand != 0 or not node.outputs or rank > _MOST_AXES:
         return None
     match node.op:
         case "Identity" | "QuantizeLinear" | "DequantizeLinear":
             return form
         case "Cast":
-            return form if attribute(node, "to", 0) in _FLOATS else None
+            return form if attribute(node, "to", 0) in FLOAT_TYPES else None
         case "Transpose":
             perm = attribute(node, "perm", tuple(reversed(range(rank))))
             return form.then(Transpose(perm)) if sorted(perm) == list(range(rank)) else None
@@ -54,9 +49,11 @@ def passed_through(node: gs.Node, operand: int, form: WeightForm, integers: Inte
             axis += rank if axis < 0 else 0
             return form.then(Reshape((math.prod(shape[:axis]), math.prod(shape[axis:]))))
         case "Squeeze":
-            return _squeezed(form, _argument(node, "axes", integers), all_of_them=_absent(node, "axes"))
+            axes = _argument(node, "axes", integers)
+            return _viewed(form, np.squeeze, axes) if axes is not None or _absent(node, "axes") else None
         case "Unsqueeze":
-            return _unsqueezed(form, _argument(node, "axes", integers))
+            axes = _argument(node, "axes", integers)
+            return _viewed(form, np.expand_dims, axes) if axes is not None else None
     return None
 
 
@@ -91,35 +88,17 @@ def _reshaped(form: WeightForm, wanted: tuple[int, ...] | None, *, keep_zero: bo
     return form.then(Reshape(wanted))
 
 
-def _squeezed(form: WeightForm, axes: tuple[int, ...] | None, *, all_of_them: bool) -> WeightForm | None:
-    shape = form.result_shape
-    if all_of_them:
-        axes = tuple(axis for axis, dim in enumerate(shape) if dim == 1)
-    if axes is None or any(not -len(shape) <= axis < len(shape) for axis in axes):
+def _viewed(
+    form: WeightForm, view: Callable[..., NDArray[np.generic]], axes: tuple[int, ...] | None
+) -> WeightForm | None:
+    try:
+        return form.then(Reshape(view(np.broadcast_to(np.float32(0), form.result_shape), axes).shape))
+    except ValueError:  # axes that the constant does not have, or not of length 1
         return None
-    gone = {axis % len(shape) for axis in axes}
-    if any(shape[axis] != 1 for axis in gone):
-        return None
-    return form.then(Reshape(tuple(dim for axis, dim in enumerate(shape) if axis not in gone)))
-
-
-def _unsqueezed(form: WeightForm, axes: tuple[int, ...] | None) -> WeightForm | None:
-    if axes is None:
-        return None
-    rank = len(form.result_shape) + len(axes)
-    if any(not -rank <= axis < rank for axis in axes) or len({axis % rank for axis in axes}) != len(axes):
-        return None
-    new = {axis % rank for axis in axes}
-    old = iter(form.result_shape)
-    return form.then(Reshape(tuple(1 if axis in new else next(old) for axis in range(rank))))
 
 
 def constant_integers(tensors: dict[str, onnx.TensorProto], value: gs.Tensor) -> tuple[int, ...] | None:
     """The integers of a short constant (a shape, a list of axes); None when it is computed or something else.
-
-    Args:
-        tensors: Constants of the graph by name.
-        value: The value to look up.
 
     Raises:
         InputError: The constant is damaged.
@@ -132,10 +111,4 @@ def constant_integers(tensors: dict[str, onnx.TensorProto], value: gs.Tensor) ->
         return None
     if math.prod(tensor.dims) > 64 or tensor.data_location == onnx.TensorProto.EXTERNAL:
         return None
-    try:
-        return tuple(int(item) for item in onnx.numpy_helper.to_array(tensor).ravel())
-    except (ValueError, TypeError) as error:
-        raise InputError(
-            f"tensor {tensor.name or value.name!r}: its payload does not fit int64 {list(tensor.dims)} ({error}). "
-            "The file is damaged; export the model again."
-        ) from error
+    return tuple(int(item) for item in inline_array(tensor).ravel())

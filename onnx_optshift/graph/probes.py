@@ -28,9 +28,6 @@ def probe_model(model: ModelFile, values: Sequence[str | Tap], overridable: Sequ
             outputs already are not added again, and graph inputs are left out: their values are in the feeds.
         overridable: Names in `model.tensors` to turn into inputs with a default value.
 
-    Returns:
-        The bytes of the copy.
-
     Raises:
         InputError: A name is unknown, or the copy exceeds what protobuf can serialize.
     """

@@ -22,16 +22,7 @@ _INITIAL_STATE = 5
 
 
 def match(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
-    """Reads the input or the recurrent weights of one layer as rows @ V.
-
-    Args:
-        node: The node.
-        operand: 1 for W, 2 for R.
-        form: The weight at that operand.
-
-    Returns:
-        The match, or the reason why there is none.
-    """
+    """Reads the input or the recurrent weights of one layer as rows @ V."""
     shape = form.result_shape
     if len(shape) != 3:
         return f"{node.op} weights have 3 axes, this one {len(shape)}"

@@ -29,14 +29,7 @@ class Selection:
     op_types: tuple[str, ...] = ()
 
     def apply(self, weights: Sequence[Weight], skips: Sequence[Skip]) -> tuple[list[Weight], list[Skip]]:
-        """Divides weights into chosen ones and skips.
-
-        Args:
-            weights: Everything that could be solved for.
-            skips: What is left alone anyway; its names count as known ones.
-
-        Returns:
-            The chosen weights, and the given skips followed by those that the selection adds.
+        """The chosen weights, and the skips followed by those that the selection adds. Names of skips count as known.
 
         Raises:
             InputError: A regular expression is malformed, or a pattern fits no layer of the model.
@@ -45,8 +38,8 @@ class Selection:
         known |= dict.fromkeys(name for skip in skips for name in (skip.node, skip.weight) if name is not None)
         operators = dict.fromkeys(use.op_type for weight in weights for use in weight.uses)
         operators |= dict.fromkeys(skip.op_type for skip in skips)
-        include = [(pattern, _matcher(pattern, list(known), "--nodes-to-include")) for pattern in self.include]
-        exclude = [(pattern, _matcher(pattern, list(known), "--nodes-to-exclude")) for pattern in self.exclude]
+        include = {pattern: _matcher(pattern, list(known), "--nodes-to-include") for pattern in self.include}
+        exclude = {pattern: _matcher(pattern, list(known), "--nodes-to-exclude") for pattern in self.exclude}
         for op_type in self.op_types:
             if op_type not in operators:
                 raise InputError(
@@ -57,14 +50,18 @@ class Selection:
         left = list(skips)
         for weight in weights:
             names = _names(weight)
-            excluded_by = next((p for p, fits in exclude if any(map(fits, names))), None)
-            wanted = not include or any(fits(name) for _, fits in include for name in names)
-            of_type = not self.op_types or any(use.op_type in self.op_types for use in weight.uses)
-            if excluded_by is None and wanted and of_type:
+            excluded_by = next((pattern for pattern, fits in exclude.items() if any(map(fits, names))), None)
+            if excluded_by is not None:
+                option = f"--nodes-to-exclude {excluded_by!r}"
+            elif include and not any(fits(name) for fits in include.values() for name in names):
+                option = "--nodes-to-include"
+            elif self.op_types and not any(use.op_type in self.op_types for use in weight.uses):
+                option = "--op-types"
+            else:
                 chosen.append(weight)
                 continue
-            reason = "not selected" if excluded_by is None else f"excluded by {excluded_by!r}"
-            left.append(Skip(weight.name, weight.uses[0].node, weight.uses[0].op_type, reason))
+            use = weight.uses[0]
+            left.append(Skip(weight.name, use.node, use.op_type, f"left out by {option}", unselected=True))
         return chosen, left
 
 

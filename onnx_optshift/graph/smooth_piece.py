@@ -28,11 +28,7 @@ def smooth_piece_model(model: ModelFile, weights: Sequence[str]) -> bytes:
 
     The centre's weights must be fed too, under their names followed by `CENTER`. Frozen are Relu, LeakyRelu, PRelu,
     Abs, Clip, MaxPool and GlobalMaxPool, and Max and Min of two; other kinks, and those inside subgraphs and functions,
-    are left as they are.
-
-    Args:
-        model: The model.
-        weights: Initializers, or outputs of Constant nodes, that can be fed.
+    are left as they are. `weights` are names in `model.tensors`.
 
     Raises:
         InputError: A name is unknown, or the copy exceeds what protobuf can serialize.
@@ -119,16 +115,13 @@ def _homogeneous(node: NodeProto, center: NodeProto) -> list[NodeProto]:
 
 
 def _clip(node: NodeProto, center: NodeProto) -> list[NodeProto]:
-    """f(x) = f(x₀) + (x - x₀) s, with s = 0 where f(x₀) differs from x₀ and 1 elsewhere."""
+    """f(x) = f(x₀) where that differs from x₀, and x elsewhere. In old opsets Equal takes no floats, but Less does."""
     y, x, x0, y0 = node.output[0], node.input[0], center.input[0], center.output[0]
     return [
-        _node("Sub", [y0, x0], f"{y}@cut"),
-        _node("Abs", [f"{y}@cut"], f"{y}@cut_size"),
-        _node("Sign", [f"{y}@cut_size"], f"{y}@outside"),
-        _node("Sub", [x, x0], f"{y}@moved"),
-        _node("Mul", [f"{y}@moved", f"{y}@outside"], f"{y}@lost"),
-        _node("Sub", [f"{y}@moved", f"{y}@lost"], f"{y}@kept"),
-        _node("Add", [y0, f"{y}@kept"], y),
+        _node("Less", [y0, x0], f"{y}@above"),
+        _node("Less", [x0, y0], f"{y}@below"),
+        _node("Or", [f"{y}@above", f"{y}@below"], f"{y}@outside"),
+        _node("Where", [f"{y}@outside", y0, x], y),
     ]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
+from itertools import repeat
 from typing import Final
 
 import numpy as np
@@ -175,27 +176,14 @@ def named_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProt
     Yields:
         The tensor and, for those of `owned_tensors`, the name it is read by; else an empty name.
     """
-    yield from _named_in(model.graph, iter(unique_names(model.graph)))
+    yield from _in_graph(model.graph, iter(unique_names(model.graph)))
+    nameless: Iterator[dict[str, str]] = repeat({})
     for function in model.functions:
-        for tensor in (*_node_tensors(function.node), *_own_tensors(function.attribute_proto)):
-            yield "", tensor
+        yield from _in_nodes(function.node, {}, nameless)
+        yield from (("", tensor) for tensor in _own_tensors(function.attribute_proto))
     for training in model.training_info:
-        for tensor in (*_graph_tensors(training.initialization), *_graph_tensors(training.algorithm)):
-            yield "", tensor
-
-
-def _named_in(graph: onnx.GraphProto, scopes: Iterator[dict[str, str]]) -> Iterator[tuple[str, onnx.TensorProto]]:
-    names = next(scopes)
-    for tensor in graph.initializer:
-        yield names[tensor.name], tensor
-    for tensor in _sparse_parts(graph.sparse_initializer):
-        yield "", tensor
-    for node in graph.node:
-        name = names.get(node.output[0], "") if constant_value(node) is not None else ""
-        for tensor in _own_tensors(node.attribute):
-            yield name, tensor
-        for body in bodies(node):
-            yield from _named_in(body, scopes)
+        for graph in (training.initialization, training.algorithm):
+            yield from _in_graph(graph, nameless)
 
 
 def all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
@@ -203,17 +191,26 @@ def all_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
     return (tensor for _, tensor in named_tensors(model))
 
 
-def _graph_tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    yield from _sparse_parts(graph.sparse_initializer)
-    yield from _node_tensors(graph.node)
+# A tensor and the name it is read by, for each tensor of a graph or of nodes; `scopes` gives the names of each graph.
+_Named = Iterator[tuple[str, onnx.TensorProto]]
 
 
-def _node_tensors(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+def _in_graph(graph: onnx.GraphProto, scopes: Iterator[dict[str, str]]) -> _Named:
+    names = next(scopes)
+    for tensor in graph.initializer:
+        yield names.get(tensor.name, ""), tensor
+    for tensor in _sparse_parts(graph.sparse_initializer):
+        yield "", tensor
+    yield from _in_nodes(graph.node, names, scopes)
+
+
+def _in_nodes(nodes: Iterable[onnx.NodeProto], names: dict[str, str], scopes: Iterator[dict[str, str]]) -> _Named:
     for node in nodes:
-        yield from _own_tensors(node.attribute)
+        name = names.get(node.output[0], "") if constant_value(node) is not None else ""
+        for tensor in _own_tensors(node.attribute):
+            yield name, tensor
         for body in bodies(node):
-            yield from _graph_tensors(body)
+            yield from _in_graph(body, scopes)
 
 
 def _own_tensors(attributes: Iterable[onnx.AttributeProto]) -> Iterator[onnx.TensorProto]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Final, TypeVar
 
 import onnx_graphsurgeon as gs
 
 from onnx_optshift.errors import InputError
-from onnx_optshift.geometry import Reshape, Tap, Transpose, WeightForm
+from onnx_optshift.geometry import Reshape, RowForm, Tap, Transpose, WeightForm
 
+MICROSOFT: Final = "com.microsoft"  # the domain of ONNX Runtime's own operators
 _Value = TypeVar("_Value", int, float, str, "tuple[int, ...]")
 
 
@@ -41,7 +42,6 @@ class Weight:
         shape: As stored.
         form: How it becomes the matrix V `[g, d, m]`; the same for all uses.
         uses: At least one.
-        owner: `initializer` or `constant` (a Constant node).
     """
 
     name: str
@@ -49,7 +49,6 @@ class Weight:
     shape: tuple[int, ...]
     form: WeightForm
     uses: tuple[Use, ...]
-    owner: str = "initializer"
 
     @property
     def groups(self) -> int:
@@ -76,12 +75,14 @@ class Skip:
         node: The layer's node.
         op_type: Its operator.
         reason: Why, in plain words.
+        unselected: Whether it could be shifted, but the user's selection leaves it out.
     """
 
     weight: str | None
     node: str
     op_type: str
     reason: str
+    unselected: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Match:
     """What a matcher makes of one weight operand.
 
     Attributes:
-        uses: The uses: one, or more where the operand meets several activations.
+        uses: One, or more where the operand meets several activations.
         form: The finished form, with the result shape `[g, d, m]`.
     """
 
@@ -97,7 +98,8 @@ class Match:
     form: WeightForm
 
 
-# (node, index of the weight operand, form of the weight at that operand) -> its uses, or why there are none.
+# (node, index of the weight operand, form of the weight at that operand) -> the match, or why there is none. A new
+# layer kind is one such function in a file of its own, and a row in `operators`.
 Matcher = Callable[[gs.Node, int, WeightForm], "Match | str"]
 
 
@@ -108,19 +110,17 @@ def display_name(node: gs.Node) -> str:
     return next((str(output.name) for output in node.outputs if output.name), f"unnamed {node.op}")
 
 
-def make_match(node: gs.Node, activation: int, form: WeightForm, tap_form: Any) -> Match | str:
-    """Puts a match together from the finished form and the way the activation is read.
+def domain_of(node: gs.Node | gs.Function) -> str:
+    """A node's operator domain; the two spellings of the standard one are the same."""
+    return "" if node.domain in (None, "ai.onnx") else str(node.domain)
 
-    Args:
-        node: The linear node.
-        activation: Index of its activation operand.
-        form: Finished form, with the result shape `[g, d, m]`.
-        tap_form: How the activation becomes rows.
-    """
+
+def make_match(node: gs.Node, activation: int, form: WeightForm, rows: RowForm) -> Match | str:
+    """The match of a finished form `[g, d, m]` with the activation at one operand, read as these rows."""
     if activation >= len(node.inputs) or not node.inputs[activation].name:
         return f"{node.op} node {display_name(node)!r} has no input {activation}"
     groups, width, _ = form.result_shape
-    tap = Tap(node.inputs[activation].name, tap_form, groups, width)
+    tap = Tap(str(node.inputs[activation].name), rows, groups, width)
     output = next((str(value.name) for value in node.outputs if value.name), "")
     return Match((Use(display_name(node), node.op, tap, output),), form)
 

@@ -1,7 +1,4 @@
-"""What a diagnosis found, as frozen data: the values of the report's `flatness` and `collapse`.
-
-Numbers and sentences only, so that every renderer and the JSON report can read them.
-"""
+"""What a diagnosis found, as frozen data: the values of the report's `flatness` and `collapse`."""
 
 from __future__ import annotations
 
@@ -21,37 +18,23 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Flatness:
-    """One figure before and after, on the same probes.
+    """One figure before and after, on the same probes."""
 
-    Attributes:
-        before: Of the original weights.
-        after: Of the trial weights; None when there are none.
-        change: Mean over probes of after - before. Its error is that of paired differences, often far smaller than
-            the errors of the two.
-    """
-
-    before: Estimate
-    after: Estimate | None = None
+    before: Estimate  # of the original weights
+    after: Estimate | None = None  # of the trial weights; None when there are none
+    # Mean over probes of after - before: its error is that of paired differences, often far smaller than both.
     change: Estimate | None = None
 
 
 @dataclass(frozen=True)
 class LayerFlatness:
-    """Curvature of the loss in one layer's weight.
+    """Curvature of the loss in one layer's weight."""
 
-    Attributes:
-        name: The initializer.
-        parameters: Its elements.
-        step: h of the central difference, absolute; the same before and after.
-        trace: tr H of the layer's block of the Hessian.
-        relative: Relative flatness (Petzka et al. 2021): the same however one layer is scaled against the next.
-    """
-
-    name: str
-    parameters: int
-    step: float
-    trace: Flatness
-    relative: Flatness
+    name: str  # the initializer
+    parameters: int  # its elements
+    step: float  # h of the central difference, absolute; the same before and after
+    trace: Flatness  # tr H of the layer's block of the Hessian
+    relative: Flatness  # relative flatness (Petzka et al. 2021): the same however layers are scaled against each other
 
 
 @dataclass(frozen=True)
@@ -64,124 +47,74 @@ class Sharpness:
 
 @dataclass(frozen=True)
 class TopEigenvalue:
-    """A bracket for the largest eigenvalue of the Gauss-Newton matrix, which no single probe can tell.
+    """A bracket for the largest eigenvalue of the Gauss-Newton matrix, which no single probe can tell."""
 
-    Attributes:
-        lower: A direction found with one half of the probes, judged by the other half: at most the eigenvalue, in
-            expectation.
-        upper: Of the sketch made of all probes: at least the eigenvalue, in expectation.
-        probes: How many the sketch was made of.
-    """
-
+    # A direction found with one half of the probes, judged by the other half: at most the eigenvalue, in expectation.
     lower: float
-    upper: float
+    upper: float  # of the sketch made of all probes: at least the eigenvalue, in expectation
     probes: int
 
 
 @dataclass(frozen=True)
 class FlatnessReport:
-    """How curved the loss is around the weights.
+    """How curved the loss is around the weights."""
 
-    Attributes:
-        loss: Name of the loss.
-        samples: Samples that its mean is over.
-        probes: Random directions for each layer.
-        seed: Of the directions.
-        noise: Standard deviation of the computed mean loss around its smooth course: what rounding leaves.
-        loss_before: Mean loss of the original.
-        loss_after: Mean loss with the trial weights; None when there are none.
-        trace: Sum of the layers' traces.
-        gauss_newton: Sum of the layers' traces of the Gauss-Newton matrix, from first differences of the same runs.
-        layers: One for each weight.
-        sharpness: Rise of the loss under noise, over a grid of σ.
-        top_before: Largest eigenvalue, bracketed; None where the outputs are too many to keep.
-        top_after: The same with the trial weights.
-        seconds: Time it took.
-    """
-
-    loss: str
-    samples: int
-    probes: int
+    loss: str  # its name
+    samples: int  # that its mean is over
+    probes: int  # random directions for each layer
     seed: int
-    noise: float
+    noise: float  # standard deviation of the mean loss around its smooth course: what rounding leaves
     loss_before: float
-    loss_after: float | None
-    trace: Flatness
-    gauss_newton: Flatness
+    loss_after: float | None  # None when there are no trial weights
+    trace: Flatness  # sum of the layers' traces
+    gauss_newton: Flatness  # the same of the Gauss-Newton matrix, from first differences of the same runs
     layers: tuple[LayerFlatness, ...]
-    sharpness: tuple[Sharpness, ...]
-    top_before: TopEigenvalue | None
+    sharpness: tuple[Sharpness, ...]  # over a grid of σ
+    top_before: TopEigenvalue | None  # None where the outputs are too many to keep
     top_after: TopEigenvalue | None
     seconds: float
 
 
 @dataclass(frozen=True)
 class LayerRank:
-    """How many directions a layer's input uses.
+    """How many directions a layer's input uses."""
 
-    Attributes:
-        name: The initializer.
-        d: Width of the input.
-        rows: Calibration rows.
-        rank: Directions that rounding can tell from nothing: of the group that has fewest.
-        needed: Directions that matter to the layer's output at its dtype's rounding unit; `d - needed` are free.
-        effective: exp of the entropy of the singular values' shares (Roy and Vetterli 2007); mean over groups.
-        stable: ||A||_F² / ||A||_2²; mean over groups.
-    """
-
-    name: str
-    d: int
-    rows: int
-    rank: int
-    needed: int
-    effective: float
-    stable: float
+    name: str  # the initializer
+    d: int  # width of the input
+    rows: int  # calibration rows
+    rank: int  # directions that rounding can tell from nothing: of the group that has fewest
+    needed: int  # directions that matter to the output at its dtype's rounding unit; d - needed are free
+    effective: float  # exp of the entropy of the singular values' shares (Roy and Vetterli 2007); mean over groups
+    stable: float  # ||A||_F² / ||A||_2²; mean over groups
 
 
 @dataclass(frozen=True)
 class Collapse:
     """Neural collapse at the input of the last linear layer (Papyan, Han and Donoho 2020). All are 0 when collapsed.
 
-    Attributes:
-        layer: The initializer whose input was looked at.
-        classes: K, classes present.
-        samples: Rows looked at, one for each sample.
-        counts: Samples of each class, by label.
-        nc1: Variability within classes, against that between them.
-        nc2_norms: Spread of the centred class means' norms.
-        nc2_angles: Mean distance of their cosines from -1/(K-1).
-        nc2_weight_norms: Spread of the norms of the classifier's columns; None where the layer is no classifier.
-        nc3: Squared distance of the classifier from the class means, both scaled to norm 1; None likewise.
-        nc4: Share of samples where the model's answer is not the nearest class mean; None likewise.
+    What is about the classifier is None where the layer is none.
     """
 
-    layer: str
-    classes: int
-    samples: int
-    counts: dict[str, int]
-    nc1: float
-    nc2_norms: float
-    nc2_angles: float
-    nc2_weight_norms: float | None
-    nc3: float | None
-    nc4: float | None
+    layer: str  # the initializer whose input was looked at
+    classes: int  # K, classes present
+    samples: int  # rows looked at, one for each sample
+    counts: dict[str, int]  # samples of each class, by label
+    nc1: float  # variability within classes, against that between them
+    nc2_norms: float  # spread of the centred class means' norms
+    nc2_angles: float  # mean distance of their cosines from -1/(K-1)
+    nc2_weight_norms: float | None  # spread of the norms of the classifier's columns
+    nc3: float | None  # squared distance of the classifier from the class means, both scaled to norm 1
+    nc4: float | None  # share of samples where the model's answer is not the nearest class mean
 
 
 @dataclass(frozen=True)
 class Check:
-    """One condition.
+    """One condition."""
 
-    Attributes:
-        name: What must hold.
-        status: pass, warn or fail.
-        figure: What was found, with its number.
-        advice: What to do; empty when it passed.
-    """
-
-    name: str
-    status: str
-    figure: str
-    advice: str = ""
+    name: str  # what must hold
+    status: str  # pass, warn or fail
+    figure: str  # what was found, with its number
+    advice: str = ""  # what to do; empty when it passed
 
 
 @dataclass(frozen=True)
@@ -191,3 +124,12 @@ class Verdict:
     answer: str
     why: str
     checks: tuple[Check, ...]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """The verdict, neural collapse (None where it could not be measured), and the ranks of all layers."""
+
+    verdict: Verdict
+    features: Collapse | None
+    layers: tuple[LayerRank, ...]

@@ -1,14 +1,16 @@
-"""Files of the report: the suffix names the form, and there is never half a file."""
+"""Files of the report: the suffix names the form, "-" is JSON on standard output, and there is never half a file."""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from pathlib import Path
 
 from onnx_optshift.errors import InputError
 from onnx_optshift.report.model import Report
-from onnx_optshift.temporary import beside
 
+STDOUT = Path("-")
 HTML = ".html"
 SUFFIXES = (".json", HTML)
 
@@ -17,30 +19,38 @@ def check_path(path: Path) -> None:
     """Refuses a report file that could not be written, before the run starts.
 
     Args:
-        path: Where the report shall go.
+        path: Where the report shall go; `STDOUT` is always accepted.
 
     Raises:
-        InputError: The suffix names no form of report, what that form needs is not installed, or the place cannot be
-            written to.
+        InputError: The suffix names no form of report, or the place cannot be written to.
     """
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
+    if path == STDOUT:
+        return
+    if path.suffix.lower() not in SUFFIXES:
         found = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
-        raise InputError(f"--report {path}: expected a file name that ends in {' or '.join(SUFFIXES)}, found {found}.")
-    if path.is_dir():
-        raise InputError(f"--report {path}: expected a file, found a directory. Name a file in it.")
-    if not path.parent.is_dir():
-        raise InputError(f"--report {path}: the directory {path.parent} does not exist. Make it first.")
+        raise InputError(
+            f"--report {path}: expected a file name that ends in {' or '.join(SUFFIXES)}, or - for JSON on standard "
+            f"output, found {found}."
+        )
+    try:
+        if path.is_dir():
+            raise InputError(f"--report {path}: expected a file, found a directory. Name a file in it.")
+        if not path.parent.is_dir():
+            raise InputError(f"--report {path}: the directory {path.parent} does not exist. Make it first.")
+        # Asks the system about the name too, which may be longer than it takes.
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise InputError(
+            f"--report {path}: cannot be written: {error.strerror or error}. Take another name."
+        ) from error
     if not os.access(path.parent, os.W_OK):
         raise InputError(f"--report {path}: the directory {path.parent} cannot be written to. Take another one.")
-    if suffix == HTML:
-        from onnx_optshift.report import htmlpage
-
-        htmlpage.check_installed()
 
 
 def write(report: Report, path: Path) -> None:
-    """Writes the report beside its place, then renames it there.
+    """Writes the report beside its place, then renames it there; to standard output as it is.
 
     Args:
         report: What to write.
@@ -49,24 +59,27 @@ def write(report: Report, path: Path) -> None:
     Raises:
         InputError: The file cannot be written.
     """
-    text = _text(report, path)
-    temporary = beside(path)
+    content = _content(report, path)
+    if path == STDOUT:
+        sys.stdout.write(content)
+        sys.stdout.flush()
+        return
+    from onnx_optshift.write.atomic import write_text
+
     try:
-        # Names in a model may hold halves of surrogate pairs, which UTF-8 refuses.
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"--report {path}: cannot be written: {error.strerror or error}.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_text(path, content)
+    except InputError as error:
+        raise InputError(f"--report {error}") from error
 
 
-def _text(report: Report, path: Path) -> str:
-    # Only the form that is asked for is loaded: a page brings libraries that need not be there.
+def to_json(report: Report) -> str:
+    """The report as JSON text, indented, with a final newline: valid in any case."""
+    return json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _content(report: Report, path: Path) -> str:
     if path.suffix.lower() == HTML:
-        from onnx_optshift.report import htmlpage
+        from onnx_optshift.report import htmlpage  # its libraries are slow to load
 
         return htmlpage.render(report)
-    from onnx_optshift.report import jsonfile
-
-    return jsonfile.to_json(report)
+    return to_json(report)

@@ -7,12 +7,12 @@ for them and the two cases must stay apart.
 
 from __future__ import annotations
 
-import math
-import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from os import PathLike, fspath
+from dataclasses import dataclass, field
 from typing import Any
+
+from onnx_optshift.report.diagnosis import Diagnosis, FlatnessReport
+from onnx_optshift.report.plain import plain
 
 SCHEMA = 1
 STATUSES = ("shifted", "unchanged", "rejected", "skipped")
@@ -20,10 +20,7 @@ STATUSES = ("shifted", "unchanged", "rejected", "skipped")
 
 @dataclass(frozen=True)
 class ToolInfo:
-    """Versions of what took part, None for what was not loaded; the command line and when it ended, in UTC.
-
-    `command` and `finished` are None where the tool was called from Python.
-    """
+    """Versions of what took part, None for what was not loaded."""
 
     version: str
     python: str | None = None
@@ -31,69 +28,43 @@ class ToolInfo:
     onnxruntime: str | None = None
     torch: str | None = None
     numpy: str | None = None
-    command: str | None = None
-    finished: str | None = None
+    command: str | None = None  # the command line; None where the tool was called from Python
+    finished: str | None = None  # when it ended, in UTC; None likewise
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The model before and after.
+    """The model before and after."""
 
-    Attributes:
-        input: Path of the original, or what it was given as.
-        output: Path of the written model; None when none was written.
-        sha256_in: Of the original file.
-        sha256_out: Of the written file.
-        opset: Version of the default operator set.
-        ir_version: Of the ONNX format.
-    """
-
-    input: str
-    output: str | None = None
+    input: str  # path of the original, or what it was given as
+    output: str | None = None  # path of the written model; None when none was written
     sha256_in: str | None = None
     sha256_out: str | None = None
-    opset: int | None = None
+    opset: int | None = None  # version of the default operator set
     ir_version: int | None = None
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """What ran where.
-
-    Attributes:
-        requested: As asked for.
-        capture: ONNX Runtime execution provider that ran the model.
-        solve: torch device of statistics and solvers.
-        note: One line that says so, and why.
-    """
+    """What ran where."""
 
     requested: str
-    capture: str
-    solve: str
-    note: str = ""
+    capture: str  # ONNX Runtime execution provider that ran the model
+    solve: str  # torch device of statistics and solvers
+    note: str = ""  # one line that says so, and why
 
 
 @dataclass(frozen=True)
 class DataInfo:
-    """A set of samples.
-
-    Attributes:
-        source: Where it comes from.
-        samples: How many.
-        synthetic: Whether they are seeded random inputs.
-        classes: Number of distinct labels; None without labels.
-        fingerprint: Digest of the content.
-        notes: What was noticed while reading, a sentence each.
-        split: Whether it was split off the calibration data.
-    """
+    """A set of samples."""
 
     source: str
     samples: int
-    synthetic: bool
-    classes: int | None = None
-    fingerprint: str | None = None
-    notes: tuple[str, ...] = ()
-    split: bool = False
+    synthetic: bool  # seeded random inputs
+    classes: int | None = None  # number of distinct labels; None without labels
+    fingerprint: str | None = None  # digest of the content
+    notes: tuple[str, ...] = ()  # what was noticed while reading, a sentence each
+    split: bool = False  # split off the calibration data
 
 
 @dataclass(frozen=True)
@@ -106,134 +77,88 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True)
+class Headline:
+    """The figure that the objective makes small, before and after: the norm, the range, the weighted norm."""
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class LayerReport:
     """One weight with all its uses, or one node that was skipped. Figures are None where nothing was solved.
 
-    Attributes:
-        name: The initializer, or the node of a skip that has none.
-        node: The first node that uses it.
-        op_type: That node's operator.
-        weight: The initializer; None for a skip that has none.
-        status: shifted, unchanged, rejected or skipped.
-        reason: Why, in a sentence.
-        d: Input width.
-        m: Output width.
-        groups: Independent problems in one weight: the groups of a convolution.
-        rows: Calibration rows that met it.
-        rank: Directions of the input that matter; `d - rank` are free. Of the group that has fewest.
-        tolerance: Relative residual that the layer was allowed.
-        norm_before: Frobenius norm of the original.
-        norm_after: Frobenius norm of what was written.
-        range_before: Largest absolute weight.
-        range_after: Largest absolute weight of what was written.
-        predicted_residual: ||A(W - V)||_F / ||AV||_F of the solution, from the statistics.
-        measured_residual: The same of what was written, after rounding.
-        curvature_ratio: tr(WᵀMW) / tr(VᵀMV) of what was written, for the objective "curvature"; None where the plain
-            norm was made small.
-        frontier: What other tolerances would give.
-        spectrum: Singular values of the rows, as shares of the largest, from the first direction to the d-th in equal
-            steps; 0 where no row points. A plateau that ends in a cliff means that rank and freedom are clear-cut.
-        seconds: Time spent on this layer.
-        dtype: Element type of the initializer.
-        uses: All nodes that use it.
+    Norms are Frobenius norms, ranges the largest absolute weight, residuals `||A(W - V)||_F / ||AV||_F`.
     """
 
-    name: str
-    node: str
+    name: str  # the initializer, or the node of a skip that has none
+    node: str  # the first node that uses it
     op_type: str
-    weight: str | None
-    status: str
-    reason: str
-    d: int | None = None
-    m: int | None = None
-    groups: int | None = None
-    rows: int | None = None
-    rank: int | None = None
-    tolerance: float | None = None
+    weight: str | None  # the initializer; None for a skip that has none
+    status: str  # one of STATUSES
+    reason: str  # why, in a sentence
+    d: int | None = None  # input width
+    m: int | None = None  # output width
+    groups: int | None = None  # independent problems in one weight: the groups of a convolution
+    rows: int | None = None  # calibration rows that met it
+    rank: int | None = None  # input directions that matter, of the group that has fewest; d - rank are free
+    tolerance: float | None = None  # residual that the layer was allowed
     norm_before: float | None = None
     norm_after: float | None = None
     range_before: float | None = None
     range_after: float | None = None
-    predicted_residual: float | None = None
-    measured_residual: float | None = None
-    curvature_ratio: float | None = None
-    frontier: tuple[FrontierPoint, ...] = ()
+    predicted_residual: float | None = None  # of the solution, from the statistics
+    measured_residual: float | None = None  # of what was written, after rounding
+    curvature_ratio: float | None = None  # tr(WᵀMW) / tr(VᵀMV) of what was written; None for other objectives
+    frontier: tuple[FrontierPoint, ...] = ()  # what other tolerances would give, on the objective's own path
+    # Singular values of the rows, as shares of the largest, from the first direction to the d-th in equal steps; 0
+    # where no row points. A plateau that ends in a cliff means that rank and freedom are clear-cut.
     spectrum: tuple[float, ...] = ()
     seconds: float | None = None
-    dtype: str | None = None
-    uses: tuple[str, ...] = ()
+    dtype: str | None = None  # element type of the initializer
+    uses: tuple[str, ...] = ()  # all nodes that use it
+    headline: Headline | None = None
 
 
 @dataclass(frozen=True)
 class OutputComparison:
-    """One model output, original against written file.
-
-    Attributes:
-        name: Of the output.
-        max_abs: Largest absolute difference.
-        max_rel: Largest relative difference of a sample.
-        rel: Relative Frobenius difference over all samples.
-        top1_agreement: Share of rows with the same argmax; None where that means nothing.
-        samples: How many were compared.
-        bound: What `rel` may be at most.
-        passed: Whether the output kept its bounds.
-    """
+    """One model output, original against written file."""
 
     name: str
-    max_abs: float
-    max_rel: float
-    rel: float
-    top1_agreement: float | None
+    max_abs: float  # largest absolute difference
+    max_rel: float  # largest relative difference of a sample
+    rel: float  # relative Frobenius difference over all samples
+    top1_agreement: float | None  # share of rows with the same argmax, 0 to 1; None where that means nothing
     samples: int
-    bound: float
+    bound: float  # what `rel` may be at most
     passed: bool
+    bound_kind: str = "noise"  # where the bound comes from: "noise", "tolerance" or "measured"
 
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """How much runs of the original model differ that should agree.
+    """How much runs of the original model differ that should agree."""
 
-    Attributes:
-        max_rel: Largest relative difference of a sample, over outputs and runs.
-        rel: Largest relative Frobenius difference, over outputs and runs.
-        rounding: Largest relative difference of a sample when every weight in question moves by one unit in the
-            last place; None when none was to move.
-        runs: What the runs did otherwise.
-        samples: How many samples were run.
-        batch_size: Samples per run.
-        other_batch_size: Largest relative difference of a sample when run one by one; beside the floor, not part of
-            it. None where the batch size is fixed.
-    """
-
-    max_rel: float
-    rel: float
-    rounding: float | None
-    runs: tuple[str, ...]
+    max_rel: float  # largest relative difference of a sample, over outputs and runs
+    rel: float  # largest relative Frobenius difference, over outputs and runs
+    rounding: float | None  # of a sample when every weight in question moves by one unit in the last place
+    runs: tuple[str, ...]  # what the runs did otherwise
     samples: int
     batch_size: int
-    other_batch_size: float | None
+    other_batch_size: float | None  # of a sample when run one by one: no part of the floor; None if size is fixed
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The proof on the written file.
+    """The proof on the written file."""
 
-    Attributes:
-        passed: Whether every output kept its bounds.
-        outputs: One comparison for each output.
-        noise_floor: What the bounds are made from; None where nothing was run.
-        attempts: Candidates that were written and compared.
-        reverted: Initializers that were put back on the way.
-        identical_bytes: Whether the written file is a byte-for-byte copy, which proves the outputs without running
-            them; `outputs` is then empty where there was no data to run.
-    """
-
-    passed: bool
+    passed: bool  # every output kept its bound
     outputs: tuple[OutputComparison, ...]
-    noise_floor: NoiseFloor | None
-    attempts: int = 1
-    reverted: tuple[str, ...] = ()
-    identical_bytes: bool = False
+    noise_floor: NoiseFloor | None  # None where nothing was run
+    attempts: int = 1  # candidates that were written and compared
+    reverted: tuple[str, ...] = ()  # initializers whose change was taken back on the way
+    identical_bytes: bool = False  # the file is a byte-for-byte copy, which proves the outputs without running them
 
 
 @dataclass(frozen=True)
@@ -246,28 +171,28 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """One candidate before the gate.
+class QuantizedScore:
+    """Relative error of the quantized model's outputs against the original's float outputs, on held-out data."""
 
-    Attributes:
-        what: What was tried.
-        tolerance: Relative residual that each layer was allowed.
-        loss: Mean loss.
-        top1: Top-1 accuracy, 0 to 1.
-        mean_difference: Mean over samples of the loss minus the original's.
-        standard_error: Of that mean.
-        accepted: Whether the gate let it through.
-        reason: Why or why not.
-    """
+    bits: int
+    before: float  # of the original, quantized
+    after: float  # of the candidate, quantized
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One candidate before the gate."""
 
     what: str
-    tolerance: float
-    loss: float
-    top1: float | None
-    mean_difference: float
-    standard_error: float
+    tolerance: float  # residual that each layer was allowed
+    loss: float  # mean over samples, of the float model
+    top1: float | None  # 0 to 1
+    mean_difference: float  # mean over samples of the loss minus the original's
+    standard_error: float  # of that mean
     accepted: bool
-    reason: str
+    reason: str  # why or why not
+    quantized: tuple[QuantizedScore, ...] = ()  # what was judged instead of the loss, where there is any
+    chosen: bool = False  # the one that was taken
 
 
 @dataclass(frozen=True)
@@ -279,6 +204,40 @@ class HeldoutResult:
     accepted: bool
     loss_name: str
     tried: tuple[Trial, ...] = ()
+    quantized: tuple[QuantizedScore, ...] = ()  # as of a trial
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """How much of a layer's output its change moves, over the samples of one data set."""
+
+    name: str  # the initializer
+    samples: int
+    quantiles: Mapping[str, float]  # share of a sample's output, by quantile
+    worst: tuple[tuple[int, float], ...]  # (sample number, share) of the largest, descending
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Whether data still looks like the calibration data to the changed layers."""
+
+    figure: float  # the worst layer's share at `quantile`
+    quantile: float
+    limit: float | None  # None where none was asked for
+    passed: bool
+    baseline_figure: float | None  # of the baseline data; None without any
+    layers: tuple[LayerDrift, ...]
+    baseline: tuple[LayerDrift, ...] | None
+
+
+@dataclass(frozen=True)
+class QuantizationError:
+    """Relative error of a layer's output under round-to-nearest, of the original weight and of the written one."""
+
+    layer: str
+    bits: int
+    error_before: float
+    error_after: float
 
 
 @dataclass(frozen=True)
@@ -293,12 +252,10 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """Everything that a run found, decided and measured. Fields as in the JSON report.
-
-    `warnings` are for the user to act on; `decisions` say which ways were tried and which was taken.
-    """
+    """Everything that a run found, decided and measured. Fields as in the JSON report."""
 
     schema: int = field(default=SCHEMA, init=False)
+    command: str = "shift"  # or "inspect", "verify", "diagnose"
     tool: ToolInfo
     model: ModelInfo
     settings: Mapping[str, Any]
@@ -308,38 +265,23 @@ class Report:
     layers: tuple[LayerReport, ...] = ()
     verification: Verification | None = None
     heldout_result: HeldoutResult | None = None
-    quantization: tuple[Mapping[str, Any], ...] | None = None
-    flatness: Mapping[str, Any] | None = None
-    collapse: Mapping[str, Any] | None = None
-    drift: Mapping[str, Any] | None = None
+    quantization: tuple[QuantizationError, ...] | None = None
+    flatness: FlatnessReport | None = None
+    collapse: Diagnosis | None = None
+    drift: Drift | None = None
     timing: Timing
     peak_memory_bytes: int | None = None
-    warnings: tuple[str, ...] = ()
-    decisions: tuple[str, ...] = ()
-    summary: str
+    warnings: tuple[str, ...] = ()  # for the user to act on
+    decisions: tuple[str, ...] = ()  # which ways were tried and which was taken
+    summary: str  # how it went, in a sentence
+    next_step: str = ""  # what to do now, with a figure where one is known
+
+    @property
+    def judges_outputs(self) -> bool:
+        """Whether the outputs decide: where a limit of the drift was asked for, they are reported only."""
+        return self.drift is None or self.drift.limit is None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values only: dicts, lists, strings, finite numbers, booleans and None."""
-        plain: dict[str, Any] = _plain(self)
-        return plain
-
-
-def _plain(value: object) -> Any:
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        number = float(value)
-        if math.isfinite(number):
-            return number
-        return "NaN" if math.isnan(number) else "Infinity" if number > 0 else "-Infinity"
-    if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(item) for item in value]
-    if isinstance(value, PathLike):
-        return fspath(value)
-    raise TypeError(f"the report has a value that JSON cannot hold: {type(value).__name__} {value!r}")
+        values: dict[str, Any] = plain(self)
+        return values

@@ -1,11 +1,12 @@
-"""Where long passes report to: a bar with the time left on a terminal, lines, or nothing at all."""
+"""Where long passes report to: a bar with the time left on a terminal, lines in pipes and files, or nothing at all."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TextIO
 
 from onnx_optshift import journal
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from rich import progress as rich_progress
 
 Advance = Callable[[int], None]
+# Seconds that a run may be silent for: less than the time after which people and build machines give it up.
+EVERY = 30.0
 
 
 class Progress:
@@ -41,29 +44,54 @@ class Progress:
 
 
 class Lines(Progress):
-    """One line for each finished stage, with its time.
+    """A line when a stage ends, with its time; and while it runs one now and then, even if it never advances.
 
     Args:
         file: Where the lines go; standard error by default.
+        every: Seconds between the lines of a stage that runs.
     """
 
-    def __init__(self, file: TextIO | None = None) -> None:
+    def __init__(self, file: TextIO | None = None, every: float = EVERY) -> None:
         self._file = file
+        self._every = every
+        self._running: list[object] = []
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
-        """See `Progress.stage`; a stage that fails leaves no line."""
+        """See `Progress.stage`; of stages inside stages the innermost speaks. One that fails leaves no last line."""
         done = 0
         start = time.perf_counter()
+        ended = threading.Event()
 
         def advance(steps: int) -> None:
             nonlocal done
             done += steps
 
-        yield advance
-        of = "" if total is None else f" of {total}"
-        seconds = time.perf_counter() - start
-        print(f"{name}: {done}{of}, {seconds:.1f} s", file=self._file or sys.stderr)
+        def say() -> None:
+            of = "" if total is None else f"{done} of {total}, "
+            # Nobody may listen any more, which is no reason to end a run.
+            with suppress(OSError, ValueError):
+                print(f"{name}: {of}{_seconds(start)}", file=self._file or sys.stderr, flush=True)
+
+        def repeat() -> None:
+            while not ended.wait(self._every):
+                if self._running[-1:] == [ended]:
+                    say()
+
+        self._running.append(ended)
+        # A daemon: it must not keep a process alive that ends in another way.
+        threading.Thread(target=repeat, name=f"progress of {name}", daemon=True).start()
+        try:
+            yield advance
+        finally:
+            ended.set()
+            self._running.remove(ended)
+        say()
+
+
+def _seconds(start: float) -> str:
+    seconds = time.perf_counter() - start
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 
 class Bar(Progress):
@@ -127,17 +155,14 @@ class Noted(Progress):
 SILENT = Progress()
 
 
-def progress_for(*, quiet: bool = False, verbose: bool = False, file: TextIO | None = None) -> Progress:
-    """The progress that suits the place: a bar on a terminal, lines elsewhere if verbose, else nothing.
+def progress_for(*, quiet: bool = False, file: TextIO | None = None) -> Progress:
+    """The progress that suits the place: a bar on a terminal, lines elsewhere, nothing if quiet.
 
     Args:
         quiet: Nothing in any case.
-        verbose: Lines where there is no terminal.
         file: Where it goes; standard error by default.
     """
     file = file or sys.stderr
     if quiet:
         return SILENT
-    if file.isatty():
-        return Bar(file)
-    return Lines(file) if verbose else SILENT
+    return Bar(file) if file.isatty() else Lines(file)

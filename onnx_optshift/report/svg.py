@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,11 +17,12 @@ import matplotlib
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogFormatter, NullFormatter, ScalarFormatter
 
-from onnx_optshift.report.terminal import printable
+from onnx_optshift.report.figures import number, printable, typeset
 
 # Stand-ins that no drawing uses otherwise; each becomes a CSS variable of the page.
-_VARIABLES = ("ink", "muted", "line", "surface", "before", "after", "bad", "c1", "c2", "c3", "c4", "c5", "c6")
+_VARIABLES = ("ink", "muted", "line", "surface", "before", "after", "good", "bad")
 COLOURS = {name: f"#0a0b{k:02x}" for k, name in enumerate(_VARIABLES, 1)}
 _BY_COLOUR = {colour: f"var(--{name})" for name, colour in COLOURS.items()}
 WIDTH = 4.6  # inches; 331 units of the drawing, about a phone's width, so that text keeps its size there
@@ -47,13 +49,22 @@ _STYLE: dict[Any, Any] = {
 
 
 @contextmanager
-def drawing(height: float) -> Iterator[tuple[Figure, Axes]]:
-    """An empty drawing, in our style whatever the user's own settings of matplotlib are."""
+def drawing(height: float, panels: int = 1) -> Iterator[tuple[Figure, list[Axes]]]:
+    """An empty drawing of one panel, or of several in two columns, whatever the user's own settings of matplotlib are.
+
+    Args:
+        height: In inches.
+        panels: How many; those of one drawing share their scales.
+    """
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         figure = Figure(figsize=(WIDTH, height))
-        yield figure, figure.add_subplot()
+        rows, columns = -(-panels // 2), min(panels, 2)
+        axes = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten().tolist()
+        for left_over in axes[panels:]:
+            left_over.remove()
+        yield figure, axes[:panels]
 
 
 def tip(artists: Sequence[Artist], text: str) -> None:
@@ -70,8 +81,18 @@ def to_svg(figure: Figure, prefix: str, alt: str) -> str:
         prefix: Starts all ids in the drawing, as a page has each id once.
         alt: What a reader who cannot see it should know.
     """
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            # Labels of our own: those of matplotlib hold markup, which one version or another does not resolve.
+            if axis.get_scale() == "log":
+                axis.set_minor_formatter(NullFormatter())
+            if isinstance(axis.get_major_formatter(), (ScalarFormatter, LogFormatter)):
+                axis.set_major_formatter(FuncFormatter(lambda value, _: typeset(_tick(value))))
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
+    with warnings.catch_warnings():
+        # Of characters that the font of the measurements lacks: the reader's fonts have them.
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(stream.getvalue())
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
@@ -85,6 +106,10 @@ def to_svg(figure: Figure, prefix: str, alt: str) -> str:
     box = root.attrib["viewBox"]
     root.attrib = {"viewBox": box, "role": "img", "aria-label": alt}
     return ElementTree.tostring(root, encoding="unicode")
+
+
+def _tick(value: float) -> str:
+    return f"{value:g}" if 1e-3 <= abs(value) < 1e5 or value == 0 else number(value).replace(".0e", "e")
 
 
 def _own(element: ElementTree.Element, prefix: str) -> None:

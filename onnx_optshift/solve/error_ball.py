@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from onnx_optshift.solve import min_norm
-from onnx_optshift.solve.shift import Outcome, Shift, check_tolerance, largest_entry, least_gain, obstacle
+from onnx_optshift.solve.shift import Outcome, Shift, check_tolerance, least_gain, obstacle
 from onnx_optshift.solve.spectrum import Coordinates, Spectrum
 
 _ROOT_ACCURACY = 1e-13  # of the residual, relative to the radius
@@ -80,24 +80,9 @@ class BallPath:
             coordinates, self._combine(shrink), residual=self._residual(shrink), iterations=iterations
         )
 
-    def frontier(self, tolerances: Iterable[float], *, ranges: bool = True) -> list[tuple[float, float, float | None]]:
-        """What each tolerance buys: `(tolerance, norm ratio, range ratio)`, ratios after to before.
-
-        The norm ratio costs O(r); the range ratio needs W itself, one d x r x m product.
-
-        Args:
-            tolerances: In any order.
-            ranges: Whether to compute range ratios; they are None otherwise.
-        """
-        if not ranges:
-            return [(tolerance, self._least_norm(tolerance), None) for tolerance in tolerances]
-        before = largest_entry(self._coordinates.matrix)
-        points: list[tuple[float, float, float | None]] = []
-        for tolerance in tolerances:
-            shift = self.at(tolerance)
-            ratios = (shift.norm_after / shift.norm_before, shift.range_after / before) if before else (1.0, 1.0)
-            points.append((tolerance, *ratios))
-        return points
+    def frontier(self, tolerances: Iterable[float]) -> list[tuple[float, float]]:
+        """What each tolerance buys: `(tolerance, ‖W‖_F / ‖V‖_F)`, at a cost of O(r) each."""
+        return [(tolerance, self._least_norm(tolerance)) for tolerance in tolerances]
 
     def _least_norm(self, tolerance: float) -> float:
         if obstacle(self._coordinates) is not None:

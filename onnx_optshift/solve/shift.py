@@ -69,7 +69,7 @@ class Shift:
     Attributes:
         matrix: W `[g, d, m]`, float64; V itself when the outcome is not one that moves.
         outcome: How the solver ended.
-        rank: Directions kept, in the group that keeps fewest.
+        rank: Directions kept, mean over groups, rounded down.
         norm_before: ‖V‖_F.
         norm_after: ‖W‖_F.
         predicted_residual: ‖A(W - V)‖_F / ‖AV‖_F (or / the scale that was given), from the eigenvalues.

@@ -127,8 +127,8 @@ class Coordinates:
 
     @property
     def rank(self) -> int:
-        """Directions kept, in the group that keeps fewest."""
-        return int(self.kept.sum(-1).min())
+        """Directions kept, mean over groups, rounded down: d only where every group keeps all of them."""
+        return int(self.kept.sum()) // max(1, self.kept.shape[0])
 
     @property
     def full_rank(self) -> bool:

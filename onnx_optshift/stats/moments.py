@@ -9,6 +9,7 @@ float32's own rounding unit. Accumulating in float32 would resolve 1e-3.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
@@ -135,8 +136,27 @@ class InputMoments:
         merged.nonfinite = self.nonfinite + other.nonfinite
         return merged
 
-    def __add__(self, other: InputMoments) -> InputMoments:
-        return self.merge(other)
+    FIELDS = ("total", "counts", "rows", "upper")
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything as tensors: `total` `[g, d]`, `counts` (rows, nonfinite), and `rows` `[g, n, d]` or `upper`."""
+        counts = torch.tensor([self.rows, self.nonfinite], dtype=torch.int64)
+        stored = self.stored_rows
+        kept = {"rows": stored} if stored is not None else {"upper": self._fold()}
+        return {"total": self.total, "counts": counts, **kept}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Tensor]) -> InputMoments:
+        """The inverse of `state`, on the device of its tensors."""
+        total = state["total"]
+        moments = cls(total.shape[0], total.shape[1], total.device)
+        moments.total = total.clone()
+        moments.rows, moments.nonfinite = (int(count) for count in state["counts"])
+        if "upper" in state:
+            moments._upper = state["upper"].clone()
+        else:
+            moments._stored = [state["rows"].clone()]
+        return moments
 
     def __repr__(self) -> str:
         kept = "G" if self._upper is not None else "rows"

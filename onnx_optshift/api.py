@@ -1,0 +1,71 @@
+"""The package's functions: model and data in, report and model out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from onnx_optshift.commands import inspect as inspect_command
+from onnx_optshift.commands import shift as shift_command
+from onnx_optshift.commands.shift import Result
+from onnx_optshift.report.model import Report
+from onnx_optshift.report.progress import SILENT, Progress
+from onnx_optshift.settings import Settings
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def shift(
+    model: str | Path | onnx.ModelProto,
+    calibration: object = None,
+    *,
+    heldout: object = None,
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> Result:
+    """Shifts a model's weights and proves that its outputs on the calibration data stayed.
+
+    Args:
+        model: Path of an ONNX file, or a ModelProto.
+        calibration: Calibration data: path, array by input name, reader, iterable of dicts, or a callable giving one;
+            or a list of paths. None looks beside the model, and makes random inputs when nothing is there.
+        heldout: Held-out data, in the same forms; `"none"` switches the gate off. None splits some off.
+        progress: Where long passes report to.
+        **settings: Fields of `Settings`.
+
+    Returns:
+        The result; `result.save("out.onnx")` writes the file.
+
+    Raises:
+        InputError: The model, the data or a setting cannot be used.
+        DeviceError: The device is not available.
+        ToleranceError: The outputs left the tolerance and backing off did not help.
+    """
+    return shift_command.run(model, None, _sources(calibration), _sources(heldout), Settings(**settings), progress)
+
+
+def inspect(
+    model: str | Path | onnx.ModelProto, calibration: object = None, *, progress: Progress = SILENT, **settings: Any
+) -> Report:
+    """Layers, the freedom that calibration data leaves them, and skips with reasons. Writes no model.
+
+    Args:
+        model: Path of an ONNX file, or a ModelProto.
+        calibration: As for `shift`; without any the layers are listed without rank.
+        progress: Where long passes report to.
+        **settings: Fields of `Settings`.
+
+    Raises:
+        InputError: The model, the data or a setting cannot be used.
+    """
+    return inspect_command.inspect(model, _sources(calibration), Settings(**settings), progress)
+
+
+def _sources(given: object) -> list[object] | None:
+    """One source, or a list of paths as several; a list of dicts is one source."""
+    if given is None:
+        return None
+    if isinstance(given, (list, tuple)) and given and all(isinstance(item, (str, Path)) for item in given):
+        return list(given)
+    return [given]

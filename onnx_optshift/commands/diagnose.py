@@ -1,0 +1,72 @@
+"""Do the method's conditions hold, and what would a shift do to flatness? Writes no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from onnx_optshift.decide.choose import exact
+from onnx_optshift.decide.decision import Grounds
+from onnx_optshift.decide.share import share_out
+from onnx_optshift.diagnose.conditions import conditions
+from onnx_optshift.diagnose.flatness import DEFAULT_PROBES, flatness_of
+from onnx_optshift.errors import InputError
+from onnx_optshift.report.build import Clock, Findings, build_report
+from onnx_optshift.report.model import Report
+from onnx_optshift.report.progress import SILENT, Progress
+from onnx_optshift.run.capture import captured
+from onnx_optshift.run.prepare import prepare
+from onnx_optshift.settings import Settings
+from onnx_optshift.solve.objective import Norm
+
+
+def diagnose(
+    model: str | Path,
+    calibration: Sequence[object] | None,
+    heldout: Sequence[object] | None,
+    settings: Settings,
+    probes: int = DEFAULT_PROBES,
+    progress: Progress = SILENT,
+) -> Report:
+    """Measures whether the method's conditions hold, and what a shift at the given tolerance would do to flatness.
+
+    Args:
+        model: Path of an ONNX file.
+        calibration: Sources of calibration data; None looks beside the model.
+        heldout: Sources of held-out data, as for the pass.
+        settings: `tolerance` (a number) is that of the shift whose flatness stands beside the original's.
+        probes: Random directions for each layer; 0 leaves flatness out.
+        progress: Where long passes report to.
+
+    Returns:
+        A report without a written model, with `flatness` and `collapse`.
+
+    Raises:
+        InputError: The model, the data or a setting cannot be used.
+    """
+    clock = Clock()
+    prepared = prepare(model, settings, calibration, heldout, progress=progress)
+    data, found = prepared.data, Findings("diagnose", prepared)
+    if data is None:
+        raise InputError("diagnose needs data to look at: give it with --calib.")
+    if not prepared.weights:
+        return build_report(found, clock, summary="Nothing to diagnose: there is no layer that could be shifted.")
+    whole = replace(data, fit=data.calibration, heldout=None, split=False)
+    with clock("capture"):
+        layers, _ = captured(prepared, whole, Norm())
+    with clock("solve"):
+        layers.survey()
+        samples = data.calibration
+        decision = exact(Grounds(prepared.bench, layers, layers, None, samples, samples, settings.seed))
+        if isinstance(settings.tolerance, float) and settings.tolerance > 0:
+            outputs = prepared.bench.outputs
+            shared = share_out(outputs, samples, layers.candidate, settings.tolerance, settings.seed)
+            decision = replace(decision, candidate=shared.candidate)
+    flat = None
+    if probes:
+        flat = flatness_of(prepared.bench, samples, settings, decision.candidate.arrays or None, probes)
+    found = replace(found, layers=layers, decision=decision)
+    diagnosis = conditions(prepared.bench, layers, data)
+    summary = f"{diagnosis.verdict.answer}: {diagnosis.verdict.why}"
+    return build_report(found, clock, flatness=flat, collapse=diagnosis, summary=summary)

@@ -1,0 +1,61 @@
+"""Layers, the freedom that calibration data leaves them, and skips with reasons. Writes no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnx_optshift.decide.choose import exact
+from onnx_optshift.decide.decision import Grounds
+from onnx_optshift.report.build import Clock, Findings, build_report
+from onnx_optshift.report.model import LayerReport, Report
+from onnx_optshift.report.progress import SILENT, Progress
+from onnx_optshift.run.capture import captured, objective_of
+from onnx_optshift.run.prepare import prepare
+from onnx_optshift.settings import Settings
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def inspect(
+    model: str | Path | onnx.ModelProto,
+    calibration: Sequence[object] | None,
+    settings: Settings,
+    progress: Progress = SILENT,
+) -> Report:
+    """Looks at a model's linear layers.
+
+    Args:
+        model: Path of an ONNX file, or a ModelProto.
+        calibration: Sources of calibration data; without any the layers are listed without rank.
+        settings: All choices.
+        progress: Where long passes report to.
+
+    Raises:
+        InputError: The model, the data or a setting cannot be used.
+    """
+    clock = Clock()
+    prepared = prepare(model, settings, calibration, progress=progress)
+    found, data = Findings("inspect", prepared), prepared.data
+    if data is not None and prepared.weights:
+        with clock("capture"):
+            layers, _ = captured(prepared, data, objective_of(prepared))
+        with clock("solve"):
+            layers.survey()
+            seed, samples = settings.seed, data.calibration
+            decision = exact(Grounds(prepared.bench, layers, layers, None, samples, samples, seed))
+        found = replace(found, layers=layers, decision=decision)
+    report = build_report(found, clock, summary="")
+    return replace(report, summary=_summary(report.layers))
+
+
+def _summary(layers: Sequence[LayerReport]) -> str:
+    candidates = [layer for layer in layers if layer.status != "skipped"]
+    skipped = len(layers) - len(candidates)
+    if not any(layer.rank is not None for layer in candidates):
+        return f"{len(candidates)} layers, {skipped} skipped; which of them have freedom, calibration data would tell."
+    free = [layer for layer in candidates if layer.rank is not None and layer.d and layer.rank < layer.d]
+    return f"{len(candidates)} layers, {len(free)} with freedom, {skipped} skipped."

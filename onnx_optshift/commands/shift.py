@@ -1,0 +1,139 @@
+"""The pass: prepare, capture, solve and decide, write, prove, report. The only page that knows this order."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnx_optshift.commands.outcome import shift_summary
+from onnx_optshift.commands.places import check_places
+from onnx_optshift.commands.publish import published
+from onnx_optshift.decide.choose import choose
+from onnx_optshift.decide.decision import Grounds
+from onnx_optshift.decide.grounds import drawn_layers, grounds_of
+from onnx_optshift.diagnose.flatness import flatness_of
+from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.report.build import Clock, Findings, build_report
+from onnx_optshift.report.model import Report
+from onnx_optshift.report.progress import SILENT, Progress
+from onnx_optshift.run.capture import captured, objective_of
+from onnx_optshift.run.prepare import NO_HELDOUT, Prepared, prepare
+from onnx_optshift.settings import Settings
+from onnx_optshift.write.atomic import check_target
+from onnx_optshift.write.leftovers import remove, scratch_folder
+from onnx_optshift.write.patch import write_beside
+
+if TYPE_CHECKING:
+    import onnx
+
+GATE_OFF = "the held-out gate is off: data unlike the calibration data may be served worse."
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished, verified run.
+
+    Attributes:
+        report: Everything that was found, decided and measured.
+        path: The verified model file: OUT, or a temporary file that lives as long as this object.
+    """
+
+    report: Report
+    path: Path
+
+    def save(self, path: str | Path) -> Path:
+        """Copies the verified file to `path`, by an atomic rename.
+
+        Raises:
+            InputError: The file cannot be written.
+        """
+        with write_beside(ModelFile.load(self.path), {}, Path(path)) as written:
+            written.commit()
+        return Path(path)
+
+
+def run(
+    model: str | Path | onnx.ModelProto,
+    out: Path | None,
+    calibration: Sequence[object] | None,
+    heldout: Sequence[object] | None,
+    settings: Settings,
+    progress: Progress = SILENT,
+    *,
+    reports: Sequence[Path] = (),
+) -> Result:
+    """The whole pass; writes OUT unless it is None or the run is dry.
+
+    Args:
+        model: Path of an ONNX file, or a ModelProto.
+        out: Where the shifted model goes; None keeps it in a temporary file.
+        calibration: Sources of calibration data; None looks beside the model, and makes random inputs otherwise.
+        heldout: Sources of held-out data; `["none"]` for no gate, None to split some off.
+        settings: All choices.
+        progress: Where long passes report to.
+        reports: Files that the caller is going to write.
+
+    Raises:
+        InputError: The model, the data or a setting cannot be used, or OUT would cost a file.
+        DeviceError: The device is not available.
+        ToleranceError: The outputs left the tolerance and backing off did not help.
+    """
+    clock = Clock()
+    output = None if settings.dry_run else out
+    if output is not None:
+        check_target(output)  # before the work, not after it
+    prepared = prepare(model, settings, calibration, heldout, make_up=True, progress=progress)
+    check_places(output, reports, [*prepared.reads, settings.custom_op_library], force=settings.force)
+    off = (GATE_OFF,) if heldout and list(heldout) == [NO_HELDOUT] and prepared.data is not None else ()
+    with ExitStack() as stack:
+        target = output or _hidden(stack, prepared)
+        found = Findings("shift", prepared)
+        grounds: Grounds | None = None
+        if prepared.data is not None and prepared.weights:
+            with clock("capture"):
+                full, fit = captured(prepared, prepared.data, objective_of(prepared))
+            with clock("solve"):
+                grounds = grounds_of(prepared, prepared.data, full, fit)
+                decision = choose(grounds, settings, partial(drawn_layers, prepared, grounds))
+            found = replace(found, layers=full, decision=decision, gate=grounds.gate)
+        with clock("verify"):
+            written, sha256, proof, decided = published(prepared, grounds, found.decision, target)
+        with written:
+            # Whatever may still fail or be interrupted comes before the rename: OUT appears last.
+            found = replace(found, decision=decided, sha256=sha256, verification=proof, output=output)
+            report = _report(found, clock, off)
+            written.commit()
+        result = Result(report, target)
+        weakref.finalize(result, stack.pop_all().close)  # a temporary file lives as long as the result
+        return result
+
+
+def _hidden(stack: ExitStack, prepared: Prepared) -> Path:
+    """A place that vanishes with the stack, for a model that is not to be kept."""
+    folder = scratch_folder()
+    stack.callback(remove, folder)
+    return folder / (prepared.model.path.name if prepared.model.path else "model.onnx")
+
+
+def _report(found: Findings, clock: Clock, warnings: tuple[str, ...]) -> Report:
+    data, decision, settings = found.prepared.data, found.decision, found.prepared.settings
+    report = build_report(found, clock, warnings=(*(data.warnings if data else ()), *warnings), summary="")
+    if settings.flatness and data is not None and found.prepared.weights and decision is not None:
+        arrays = decision.candidate.arrays or None
+        report = replace(report, flatness=flatness_of(found.prepared.bench, data.calibration, settings, arrays))
+    covered = ""
+    if data is not None and decision is not None and len(decision.promise.covered) < len(data.calibration):
+        covered = f" on the {len(decision.promise.covered)} samples that the stochastic shift keeps"
+    summary = shift_summary(
+        report.layers,
+        found.verification,
+        written=found.output is not None,
+        synthetic=data is not None and data.calibration.synthetic,
+        covered=covered,
+    )
+    return replace(report, summary=summary, timing=clock.timing())

@@ -1,0 +1,233 @@
+"""The noise floor: how much a model's outputs differ between runs that should agree, and what a promise makes of it.
+
+Noise: the original model against itself with graph optimizations off, and with one thread, at one batch size.
+Rounding: the original model with every weight in question moved by one unit in the last place, which no rewriting of
+weights can undercut. An exact shift must stay within `NOISE_FACTOR` times the first or `ROUNDING_FACTOR` times the
+second, whichever is more, at every output by that output's own figures, in the whole (`rel`) and for every sample
+(`max_rel`). A shift with a tolerance must keep `rel` within the tolerance.
+
+A bound above `MOST_EXACT` is no promise: where an output's noise makes it so, exactness cannot be shown.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_optshift.calibration.source import Samples
+from onnx_optshift.errors import InputError, ToleranceError
+from onnx_optshift.prove.compare import Deviation
+from onnx_optshift.report.model import NoiseFloor, OutputComparison, Verification
+from onnx_optshift.run.bench import Bench
+from onnx_optshift.solve.problem import ROUNDING_UNIT
+
+# A "small multiple" of the noise: different kernels, summation orders and one more rounding each cost a few units.
+NOISE_FACTOR = 10.0
+# One unit in the last place is already twice what rounding a solution once may do.
+ROUNDING_FACTOR = 4.0
+# The floor is a maximum, so more samples can only raise it: a part of the data gives the stricter bound, sooner.
+NOISE_SAMPLES = 256
+# Samples for the figure at another batch size, which is reported beside the floor and is no part of it.
+OTHER_BATCH_SAMPLES = 16
+# Largest relative deviation that may still be called exact. Weights of a shorter dtype are rounded more coarsely than
+# that: there it is `MOST_ROUNDINGS` times what rounding one weight may do.
+MOST_EXACT = 1e-3
+MOST_ROUNDINGS = 8
+_CHUNK = 1 << 22  # entries of a weight that are in float64 at the same time
+
+
+@dataclass(frozen=True)
+class Promise:
+    """How far outputs of a file may be from the original's, and on which samples.
+
+    Attributes:
+        tolerance: Relative deviation; 0 for exact.
+        kind: Where it comes from: "noise" of the runtime for exact, a "tolerance" asked for, or "measured".
+        covered: The samples.
+    """
+
+    tolerance: float
+    kind: str
+    covered: Samples
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What an exact shift of one model may do on given data, per output.
+
+    Attributes:
+        max_rel: Bound on the largest relative difference of a sample, by output.
+        rel: Bound on the relative Frobenius difference, by output.
+        limit: Largest bound that still is a promise of exactness.
+        noise: The figures for the report.
+    """
+
+    max_rel: Mapping[str, float]
+    rel: Mapping[str, float]
+    limit: float
+    noise: NoiseFloor
+
+    @property
+    def noisy(self) -> dict[str, float]:
+        """Outputs whose noise is too large for exactness to be shown, with their bounds."""
+        return {name: bound for name, bound in self.max_rel.items() if not max(bound, self.rel[name]) <= self.limit}
+
+
+def noise_floor(bench: Bench, samples: Samples, names: Collection[str], seed: int) -> Floor:
+    """Measures the noise floor and the rounding floor of the original model.
+
+    Args:
+        bench: The model.
+        samples: Calibration data; the first `NOISE_SAMPLES` are used.
+        names: The initializers that change.
+        seed: Of the rounding directions.
+
+    Raises:
+        InputError: The model has no output to compare.
+    """
+    part = samples.select(np.arange(min(NOISE_SAMPLES, len(samples))))
+    outputs = bench.outputs
+    runs = {
+        "graph optimizations off": outputs.deviation(part, {}, partial(bench.sessions.open, optimize=False)).results(),
+        "one thread": outputs.deviation(part, {}, partial(bench.sessions.open, threads=1)).results(),
+    }
+    rounding = outputs.deviation(part, _one_ulp_away(bench, names, seed)).results() if names else {}
+    if not runs["one thread"]:
+        raise InputError("verification: the model has no output, so there is nothing to compare. Give it one.")
+    noise = {name: [run[name] for run in runs.values()] for name in runs["one thread"]}
+    # Below this a float32 figure does not resolve anything; a shorter dtype shows in the rounding floor.
+    least = NOISE_FACTOR * ROUNDING_UNIT["float32"]
+
+    def bound(figure: Callable[[Deviation], float], name: str) -> float:
+        rounded = ROUNDING_FACTOR * figure(rounding[name]) if rounding else 0.0
+        return max(least, rounded, *(NOISE_FACTOR * figure(deviation) for deviation in noise[name]))
+
+    coarsest = max((ROUNDING_UNIT[weight.dtype] for weight in bench.weights if weight.name in names), default=0.0)
+    other = _other_batch_size(bench, part)
+    bench.sessions.rest()
+    return Floor(
+        {name: bound(_max_rel, name) for name in noise},
+        {name: bound(_rel, name) for name in noise},
+        max(MOST_EXACT, MOST_ROUNDINGS * coarsest),
+        NoiseFloor(
+            max_rel=max(d.max_rel for found in noise.values() for d in found),
+            rel=max(_rel(d) for found in noise.values() for d in found),
+            rounding=max((d.max_rel for d in rounding.values()), default=None),
+            runs=tuple(runs),
+            samples=len(part),
+            batch_size=bench.batch_size,
+            other_batch_size=other,
+        ),
+    )
+
+
+def verification(results: Mapping[str, Deviation], floor: Floor, promise: Promise) -> Verification:
+    """Holds measured deviations against the bounds.
+
+    Args:
+        results: Deviation by output, of the written file on all data that the promise covers.
+        floor: Noise of the original.
+        promise: What the outputs are held to.
+
+    Raises:
+        InputError: Nothing was compared.
+        ToleranceError: Exactness was promised, and cannot be shown on this model.
+    """
+    if not results or all(deviation.samples == 0 for deviation in results.values()):
+        raise InputError("verification: no output was compared on any sample. Give calibration data.")
+    tolerance = promise.tolerance
+    if tolerance == 0 and floor.noisy:
+        raise ToleranceError(cannot_be_exact(floor))
+    outputs = []
+    for name, deviation in results.items():
+        noise = min(floor.rel.get(name, 0.0), floor.limit)
+        bound = max(tolerance, noise)
+        passed = deviation.rel <= bound
+        if tolerance == 0:
+            passed = passed and deviation.max_rel <= floor.max_rel.get(name, 0.0)
+        outputs.append(
+            OutputComparison(
+                name=name,
+                max_abs=deviation.max_abs,
+                max_rel=deviation.max_rel,
+                rel=deviation.rel,
+                top1_agreement=deviation.top1_agreement,
+                samples=deviation.samples,
+                bound=bound,
+                passed=passed,
+                bound_kind=promise.kind if bound == tolerance else "noise",
+            )
+        )
+    return Verification(passed=all(o.passed for o in outputs), outputs=tuple(outputs), noise_floor=floor.noise)
+
+
+def missed(proof: Verification) -> str:
+    """The message for a file that left its bounds."""
+    worst = max((o for o in proof.outputs if not o.passed), key=lambda o: o.rel)
+    return (
+        f"verification: output {worst.name!r} deviates by {worst.rel:.3g} (relative; largest of a sample "
+        f"{worst.max_rel:.3g}), allowed is {worst.bound:.3g}, and backing off did not help. Nothing was written. Give "
+        "a larger --tolerance, or exclude layers with --nodes-to-exclude."
+    )
+
+
+def cannot_be_exact(floor: Floor) -> str:
+    """The message for a model whose own runs differ too much."""
+    worst = sorted(floor.noisy.items(), key=lambda item: -item[1])
+    outputs = ", ".join(f"{name!r} (would allow {bound:.2g})" for name, bound in worst[:5])
+    more = f" and {len(worst) - 5} more" if len(worst) > 5 else ""
+    return (
+        f"verification: a shift cannot be shown to be exact on this model: runs of the original that should agree "
+        f"differ too much at the outputs {outputs}{more}; at most {floor.limit:.2g} is allowed. Give a --tolerance, "
+        "remove random operators (Dropout in training mode, RandomNormal, Multinomial), or give other calibration data."
+    )
+
+
+def _rel(deviation: Deviation) -> float:
+    return deviation.rel if not math.isnan(deviation.rel) else math.inf
+
+
+def _max_rel(deviation: Deviation) -> float:
+    return deviation.max_rel
+
+
+def _one_ulp_away(bench: Bench, names: Collection[str], seed: int) -> dict[str, NDArray[np.generic]]:
+    """The original weights, each entry moved by one unit in the last place in a random direction."""
+    generator = np.random.default_rng(seed)
+    units = {weight.name: ROUNDING_UNIT[weight.dtype] for weight in bench.weights}
+    moved = {}
+    for name in sorted(names):
+        original = bench.model.initializer(name)
+        result = np.empty_like(original, subok=False)
+        before, after = original.reshape(-1), result.reshape(-1)
+        for start in range(0, before.size, _CHUNK):
+            part = slice(start, start + _CHUNK)
+            sign = generator.integers(0, 2, before[part].shape) * 2.0 - 1.0
+            after[part] = before[part].astype(np.float64) * (1 + 2 * units[name] * sign)
+        moved[name] = bench.sessions.keep(result)
+    return moved
+
+
+def _other_batch_size(bench: Bench, samples: Samples) -> float | None:
+    """Largest `max_rel` of a few samples run one at a time instead of in batches; None where batches are fixed."""
+    few = samples.select(np.arange(min(OTHER_BATCH_SAMPLES, len(samples))))
+    session = bench.sessions.original()
+    together: dict[str, list[NDArray[np.float64]]] = {}
+    alone: dict[str, list[NDArray[np.float64]]] = {}
+    for into, size in ((together, len(few)), (alone, 1)):
+        for batch in few.batches(size):
+            for name, value in session.run(batch.feeds).items():
+                if not np.issubdtype(value.dtype, np.floating) or value.ndim == 0:
+                    return None
+                into.setdefault(name, []).extend(value.astype(np.float64))
+    largest = 0.0
+    for name, rows in together.items():
+        for a, b in zip(alone[name], rows, strict=False):
+            if a.shape == b.shape and np.abs(b).max(initial=0.0) > 0:
+                largest = max(largest, float(np.abs(a - b).max(initial=0.0) / np.abs(b).max(initial=0.0)))
+    return largest

@@ -1,0 +1,57 @@
+"""From prepared data to layers with statistics: of all calibration samples, and of those that settings are tried on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from onnx_optshift.capture.statistics import StatisticsStore
+from onnx_optshift.run.feature_curvature import feature_curvature
+from onnx_optshift.run.layers import Layers
+from onnx_optshift.run.prepare import Data, Prepared
+from onnx_optshift.solve.objective import Norm, Objective, make_grids, make_objective
+
+
+def objective_of(prepared: Prepared) -> Objective:
+    """What the settings ask to make small."""
+    settings = prepared.settings
+    return make_objective(settings.objective, settings.quantization_bits, settings.range_scope, settings.range_block)
+
+
+def layers_maker(prepared: Prepared, data: Data, objective: Objective | None = None) -> Callable[..., Layers]:
+    """Makes layers of a store of statistics; whatever that covers, slopes are measured on the samples that fit."""
+    settings, bench = prepared.settings, prepared.bench
+    objective = objective or Norm()
+    slopes = feature_curvature(bench, data.fit, seed=settings.seed) if objective.needs_slopes else None
+    grids = make_grids(settings.quantization_bits, settings.range_scope, settings.range_block)
+
+    def make(store: StatisticsStore) -> Layers:
+        return Layers(
+            bench.weights,
+            store,
+            bench.model.initializer,
+            objective,
+            device=bench.device.solve,
+            slopes=slopes,
+            grids=grids,
+            keep=bench.sessions.keep,
+        )
+
+    return make
+
+
+def captured(prepared: Prepared, data: Data, objective: Objective) -> tuple[Layers, Layers]:
+    """Layers of all calibration data, and of the part that fits (the same where nothing was split off).
+
+    Statistics of one wave are captured here; those of several are when they are loaded, as they never fit together.
+    """
+    bench, make = prepared.bench, layers_maker(prepared, data, objective)
+    if not data.split or data.heldout is None:
+        store = bench.statistics(data.calibration)
+        if len(store.waves) == 1:
+            store.load(0)
+        layers = make(store)
+        return layers, layers
+    fit = bench.statistics(data.fit)
+    if len(fit.waves) > 1:
+        return make(bench.statistics(data.calibration)), make(fit)
+    return make(fit.merged(bench.statistics(data.heldout))), make(fit)

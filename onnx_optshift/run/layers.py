@@ -1,0 +1,326 @@
+"""The layers of one model as problems, and candidates: solutions of all of them at one residual tolerance.
+
+Joins the ONNX side (weights, taps) with the numerical side (moments, spectra, shifts); neither knows the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from onnx_optshift.capture.statistics import Moments, StatisticsStore
+from onnx_optshift.geometry import Tap
+from onnx_optshift.graph.weights import Weight
+from onnx_optshift.quantize.rtn import Grid
+from onnx_optshift.solve.finish import as_matrix, finished
+from onnx_optshift.solve.objective import Norm, Objective, Point
+from onnx_optshift.solve.problem import ROUNDING_UNIT, Problem
+from onnx_optshift.solve.rounding_error import output_errors
+from onnx_optshift.solve.shift import Outcome, Shift
+from onnx_optshift.solve.spectrum import Coordinates, Spectrum, factor
+from onnx_optshift.solve.weighted_norm import Metric, balanced, measure
+from onnx_optshift.stats.moments import InputMoments
+
+Arrays = dict[str, NDArray[np.generic]]
+
+# Why the objective "curvature" takes the plain norm for a weight.
+UNSEEN = "by the plain norm, as no linear weight before it moves its input"
+NO_SLOPES = "by the plain norm, as no sample that was looked at shows how earlier weights move its input"
+NONFINITE_SLOPES = "by the plain norm, as its input becomes NaN or infinite where earlier weights move"
+
+# Places along a layer's spectrum that the report shows, and the tolerances of its frontier.
+SPECTRUM_POINTS = 33
+FRONTIER = (0.0, 0.003, 0.01, 0.03, 0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a layer's statistics say before anything is solved.
+
+    Attributes:
+        rows: Calibration rows that met it.
+        rank: Directions of the input that matter to the output, mean over groups, rounded down; `d - rank` are free.
+        norm: ‖V‖_F.
+        largest: Largest absolute weight of V.
+        figure: The objective's headline figure of V.
+        frontier: What other tolerances would give, by the objective.
+        spectrum: Singular values of the rows as shares of the largest, at most `SPECTRUM_POINTS` of d.
+        rounding: Relative output error of V under round-to-nearest, by grid.
+    """
+
+    rows: int
+    rank: int
+    norm: float
+    largest: float
+    figure: float
+    frontier: tuple[Point, ...]
+    spectrum: tuple[float, ...]
+    rounding: Mapping[Grid, float]
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One layer's shift, and what it becomes in the file.
+
+    Attributes:
+        shift: How the solution came about; its matrix is dropped, `array` is what remains of it.
+        array: The initializer's new content in its own dtype and shape; None when its bytes stay.
+        residual: ‖A(W - V)‖_F / ‖A V‖_F of what stands in the file; 0 when its bytes stay.
+        figure: The objective's headline figure of what stands in the file.
+        rounding: Relative output error of what stands in the file under round-to-nearest, by grid.
+        note: Why another norm was made small than the one asked for; empty where it was not.
+    """
+
+    shift: Shift
+    array: NDArray[np.generic] | None
+    residual: float
+    figure: float = 0.0
+    rounding: Mapping[Grid, float] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def moved(self) -> bool:
+        """Whether the initializer's bytes change."""
+        return self.array is not None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A set of shifts that could be written.
+
+    Attributes:
+        solved: By initializer name.
+        tolerance: The residual that each layer was allowed.
+    """
+
+    solved: Mapping[str, Solved]
+    tolerance: float
+
+    @property
+    def arrays(self) -> Arrays:
+        """New contents of the initializers that change."""
+        return {name: solved.array for name, solved in self.solved.items() if solved.array is not None}
+
+    def only(self, names: Iterable[str]) -> Candidate:
+        """The same shifts, but only of these initializers; the rest keep their bytes."""
+        chosen = set(names)
+        return Candidate({name: solved for name, solved in self.solved.items() if name in chosen}, self.tolerance)
+
+
+class Layers:
+    """All layers of a model with the statistics of their inputs.
+
+    One factorization serves every tolerance, and every layer that reads the same input. It is kept as long as the
+    moments are, because the search for a tolerance comes back for it.
+
+    Args:
+        weights: The weights to be solved for, in graph order.
+        store: Moments of every tap of those weights.
+        content: Reads an initializer by name.
+        objective: What is made small.
+        device: The torch device of the solvers.
+        slopes: Moments of how far earlier weights move the rows of every tap, for objectives that need them.
+        grids: What the report shows rounding errors for.
+        keep: Where new contents of initializers go; as they are, in memory, when not given.
+
+    Attributes:
+        facts: What is known of each layer that was looked at, by initializer name.
+    """
+
+    def __init__(
+        self,
+        weights: Iterable[Weight],
+        store: StatisticsStore,
+        content: Callable[[str], NDArray[np.generic]],
+        objective: Objective | None = None,
+        *,
+        device: str = "cpu",
+        slopes: StatisticsStore | None = None,
+        grids: Sequence[Grid] = (),
+        keep: Callable[[NDArray[np.generic]], NDArray[np.generic]] = lambda array: array,
+    ) -> None:
+        self.weights = {weight.name: weight for weight in weights}
+        self.store = store
+        self.objective: Objective = objective or Norm()
+        self.facts: dict[str, LayerFacts] = {}
+        self._content = content
+        self._device = device
+        self._slopes = slopes
+        self._grids = tuple(grids)
+        self._keep = keep
+        # Of the wave that is held. (moments it was made from, factorization): moments captured anew make it stale.
+        self._spectra: dict[tuple[Tap, ...], tuple[InputMoments, Spectrum]] = {}
+        self._metrics: dict[tuple[Tap, ...], tuple[Metric | None, str]] = {}
+        # Solutions that had an objection: the search for a tolerance comes back to the same residuals.
+        self._objections: dict[tuple[str, float], Solved] = {}
+
+    def candidate(self, tolerance: float, names: Iterable[str] | None = None) -> Candidate:
+        """Shifts of all weights, or of those named, at one residual tolerance per layer; wave by wave."""
+        chosen = set(self.weights if names is None else names)
+        wanted = [weight for name, weight in self.weights.items() if name in chosen]
+        by_wave = sorted(wanted, key=lambda weight: self._wave(weight))
+        solved = {weight.name: self.solve(weight, tolerance) for weight in by_wave}
+        return Candidate({weight.name: solved[weight.name] for weight in wanted}, tolerance)
+
+    def survey(self) -> Mapping[str, LayerFacts]:
+        """Looks at every layer, wave by wave, without solving; what it finds is in `facts`."""
+        for weight in sorted(self.weights.values(), key=self._wave):
+            if weight.name not in self.facts and self._blocked(weight) is None:
+                self.problem(weight)
+        return self.facts
+
+    def solve(self, weight: Weight, tolerance: float) -> Solved:
+        """The shift of one weight at a residual tolerance or below, as it would stand in the file."""
+        blocked = self._blocked(weight)
+        if blocked is not None:
+            return _unmoved(Shift.unchanged(self.matrix(weight), blocked))
+        problem = self.problem(weight)
+        solved: Solved | None = None
+        for residual in self.objective.residuals(tolerance):
+            solved = self._objections.get((weight.name, residual)) or self._solve(weight, problem, residual)
+            if solved.moved or (weight.name, residual) not in self._objections:
+                return solved
+        assert solved is not None
+        return solved
+
+    def finish(self, weight: Weight, problem: Problem, shift: Shift, residual: float) -> Solved:
+        """A solution as it would stand in the file, with its figures measured on what rounding left.
+
+        Args:
+            weight: What it is of.
+            problem: Its equation.
+            shift: The solution.
+            residual: What it was allowed; where the objective finds that not worth new bytes, the weight stays.
+        """
+        array = finished(shift.matrix, weight.form, self._content(weight.name).dtype)
+        written = as_matrix(array, weight.form, self._device)
+        objection = self.objective.objection(problem, written, residual)
+        if objection is not None:
+            return _unmoved(Shift.unchanged(problem.matrix, objection, rank=shift.rank))
+        return self.measured(weight, problem, shift, array)
+
+    def measured(self, weight: Weight, problem: Problem, shift: Shift, array: NDArray[np.generic]) -> Solved:
+        """Other content of a weight's initializer, with its figures; the shift says how it came about."""
+        written = as_matrix(array, weight.form, self._device)
+        figures = Shift.unchanged(written, shift.outcome)
+        # The solution in float64 has done its work; a model's worth of them would be twice its size.
+        shift = replace(
+            shift,
+            matrix=written.new_empty(0),
+            norm_after=figures.norm_before,
+            range_after=figures.range_before,
+        )
+        return Solved(
+            shift,
+            self._keep(array),
+            problem.residual(written),
+            self.objective.measure(problem, written),
+            output_errors(problem.spectrum, problem.matrix, written, self._grids),
+            problem.note,
+        )
+
+    def problem(self, weight: Weight) -> Problem:
+        """The equation of one weight; notes its facts the first time."""
+        spectrum = self.spectrum(weight)
+        metric, note = self._metric(weight, spectrum)
+        problem = Problem(spectrum, self.matrix(weight), ROUNDING_UNIT[weight.dtype], metric, note)
+        if weight.name not in self.facts:
+            self.facts[weight.name] = self._facts(weight, problem)
+        return problem
+
+    def matrix(self, weight: Weight) -> torch.Tensor:
+        """V `[g, d, m]` of a weight, float64 on the solvers' device."""
+        return as_matrix(self._content(weight.name), weight.form, self._device)
+
+    def moments(self, weight: Weight) -> InputMoments:
+        """Moments of all rows that meet a weight: those of its uses, stacked; loads its wave."""
+        return _stacked(self.store.load(self._wave(weight)), weight)
+
+    def spectrum(self, weight: Weight) -> Spectrum:
+        """Factorization of the rows that meet a weight; loads its wave."""
+        key, wave = _key(weight), self._wave(weight)
+        held = self.store.load(wave)
+        if key not in self._spectra or self._spectra[key][0] is not held[key[0]]:
+            stale = [k for k, (moments, _) in self._spectra.items() if held.get(k[0]) is not moments]
+            for k in stale:
+                self._spectra.pop(k)
+                self._metrics.pop(k, None)
+            self._spectra[key] = (held[key[0]], factor(_stacked(held, weight)))
+        return self._spectra[key][1]
+
+    def _solve(self, weight: Weight, problem: Problem, residual: float) -> Solved:
+        shift = self.objective.solve(problem, residual)
+        if not shift.outcome.moved:
+            return _unmoved(shift)
+        solved = self.finish(weight, problem, shift, residual)
+        if not solved.moved:
+            self._objections[weight.name, residual] = solved
+        return solved
+
+    def _facts(self, weight: Weight, problem: Problem) -> LayerFacts:
+        coordinates = Coordinates.of(problem.spectrum, problem.matrix, problem.rounding_unit)
+        original = Shift.unchanged(problem.matrix, Outcome.ALREADY_MINIMAL)
+        values = problem.spectrum.eigenvalues.mean(0).clamp_min(0).sqrt().cpu()
+        values = torch.nn.functional.pad(values, (0, weight.d - len(values)))
+        places = np.unique(np.linspace(0, weight.d - 1, min(SPECTRUM_POINTS, weight.d)).round().astype(int))
+        largest = float(values[0]) or 1.0
+        return LayerFacts(
+            self.moments(weight).rows,
+            coordinates.rank,
+            original.norm_before,
+            original.range_before,
+            self.objective.measure(problem, problem.matrix),
+            tuple(self.objective.frontier(problem, FRONTIER)),
+            tuple(float(values[place]) / largest for place in places),
+            output_errors(problem.spectrum, problem.matrix, problem.matrix, self._grids),
+        )
+
+    def _blocked(self, weight: Weight) -> Outcome | None:
+        """Why there is no equation to solve."""
+        moments = self.moments(weight)
+        if moments.nonfinite:
+            return Outcome.NONFINITE_ROWS
+        if not bool(torch.isfinite(self.matrix(weight)).all()):
+            return Outcome.NONFINITE_WEIGHT
+        return Outcome.NO_ROWS if moments.rows == 0 else None
+
+    def _metric(self, weight: Weight, spectrum: Spectrum) -> tuple[Metric | None, str]:
+        """The norm that earlier weights give a weight, or why it is the plain one."""
+        if self._slopes is None:
+            return None, ""
+        key = _key(weight)
+        if key not in self._metrics:
+            slopes = _stacked(self._slopes.load(self._wave(weight)), weight)
+            self._metrics[key] = _measured(spectrum, slopes)
+        return self._metrics[key]
+
+    def _wave(self, weight: Weight) -> int:
+        return self.store.wave_of(weight.uses[0].tap)
+
+
+def _measured(spectrum: Spectrum, slopes: InputMoments) -> tuple[Metric | None, str]:
+    if slopes.nonfinite:
+        return None, NONFINITE_SLOPES
+    if slopes.rows == 0:
+        return None, NO_SLOPES
+    curvature = slopes.gram()
+    return (measure(spectrum, balanced(curvature)), "") if bool(curvature.any()) else (None, UNSEEN)
+
+
+def _unmoved(shift: Shift) -> Solved:
+    return Solved(replace(shift, matrix=shift.matrix.new_empty(0)), None, 0.0)
+
+
+def _stacked(moments: Moments, weight: Weight) -> InputMoments:
+    """Moments of all uses of a weight, as one."""
+    return reduce(lambda a, b: a.merge(b), (moments[use.tap] for use in weight.uses))
+
+
+def _key(weight: Weight) -> tuple[Tap, ...]:
+    """What tells apart the rows of weights. Uses at the same tap must count twice: the rows are stacked twice."""
+    return tuple(sorted((use.tap for use in weight.uses), key=repr))

@@ -1,0 +1,118 @@
+"""Outputs of the original model and of trials beside it, batch by batch, kept within one byte budget.
+
+Trials never touch a file: one session has the weights as overridable inputs, and each trial feeds its own.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_optshift.calibration.source import Batch, Samples
+from onnx_optshift.capture.session import Session
+from onnx_optshift.capture.stream import real_outputs
+from onnx_optshift.prove.compare import OutputsDifference
+from onnx_optshift.run.sessions import Sessions
+
+Arrays = Mapping[str, NDArray[np.generic]]
+Values = dict[str, NDArray[Any]]
+
+
+class Outputs:
+    """Runs the original and trials on data.
+
+    Args:
+        sessions: Of the model.
+        names: Initializers that trials may replace.
+        batch_size: Samples per run.
+        kept_bytes: Outputs of the original that may stay in memory, over all sets of samples together.
+    """
+
+    def __init__(self, sessions: Sessions, names: Sequence[str], batch_size: int, kept_bytes: int) -> None:
+        self._sessions = sessions
+        self._names = tuple(names)
+        self._batch_size = batch_size
+        self._room = kept_bytes
+        # By fingerprint, the least recently used first.
+        self._kept: OrderedDict[str, list[Values]] = OrderedDict()
+
+    def reference(self, samples: Samples) -> Iterator[tuple[Batch, Values]]:
+        """The original model's outputs, batch by batch, without padding; kept for the next time while they fit."""
+        batches = samples.batches(self._batch_size)
+        kept = self._kept.get(samples.fingerprint)
+        if kept is None and self._sessions.large and self._fits_on_disk(samples):
+            # All of them first: what the caller runs on each batch needs a session of its own.
+            kept = [self._run(batch) for batch in samples.batches(self._batch_size)]
+            self._kept[samples.fingerprint] = kept
+            self._sessions.rest()
+        if kept is not None:
+            self._kept.move_to_end(samples.fingerprint)
+            yield from zip(batches, kept, strict=True)
+            return
+        found: list[Values] = []
+        held = 0
+        for batch in batches:
+            outputs = self._run(batch)
+            held += _bytes(outputs)
+            if held <= self._room:
+                found.append(outputs)
+            else:
+                found.clear()
+            yield batch, outputs
+        if held <= self._room and not self._sessions.large:
+            self._make_room(held)
+            self._kept[samples.fingerprint] = found
+
+    def trial(self, samples: Samples, arrays: Arrays) -> Iterator[tuple[Batch, Values, Values]]:
+        """Batches with the outputs of trial weights and the original's; without weights, the original's twice."""
+        for batch, reference in self.reference(samples):
+            yield batch, (self.run(batch, arrays) if arrays else reference), reference
+        self._sessions.rest()
+
+    def run(self, batch: Batch, arrays: Arrays) -> Values:
+        """Outputs of one batch with trial weights, without padding."""
+        return real_outputs(self._sessions.trial(self._names).run({**batch.feeds, **arrays}), batch)
+
+    def deviation(
+        self, samples: Samples, arrays: Arrays, other: Callable[[], Session] | None = None
+    ) -> OutputsDifference:
+        """How far outputs with these weights are from the original's.
+
+        Args:
+            samples: The data.
+            arrays: Trial weights by initializer name.
+            other: Opens another session to run instead of trial weights: a written file, or a noise run.
+        """
+        difference = OutputsDifference()
+        session: Session | None = None
+        for batch, reference in self.reference(samples):
+            if other is not None and session is None:
+                session = other()  # not before the reference is there: it may need the place
+            outputs = self.run(batch, arrays) if session is None else real_outputs(session.run(batch.feeds), batch)
+            difference.update(outputs, reference, len(batch.indices))
+        del session
+        self._sessions.rest()
+        return difference
+
+    def _run(self, batch: Batch) -> Values:
+        outputs = real_outputs(self._sessions.original().run(batch.feeds), batch)
+        return {name: self._sessions.keep(value) for name, value in outputs.items()}
+
+    def _fits_on_disk(self, samples: Samples) -> bool:
+        """Whether the original's outputs on all samples leave half of the disk's free space."""
+        (first,) = samples.select(np.arange(1)).batches(1)
+        one = _bytes(self._run(first))
+        self._sessions.rest()
+        return 2 * len(samples) * one < self._sessions.disk_space()
+
+    def _make_room(self, wanted: int) -> None:
+        while self._kept and wanted + sum(_bytes(v) for kept in self._kept.values() for v in kept) > self._room:
+            self._kept.popitem(last=False)
+
+
+def _bytes(values: Values) -> int:
+    return sum(value.nbytes for value in values.values())

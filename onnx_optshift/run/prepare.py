@@ -1,0 +1,228 @@
+"""What every command starts with: the model opened, its data found and arranged, its device and memory settled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from onnx_optshift.calibration.inputs import InputSpec
+from onnx_optshift.calibration.load import beside, load
+from onnx_optshift.calibration.source import Samples
+from onnx_optshift.calibration.split import split
+from onnx_optshift.calibration.synthetic import synthetic
+from onnx_optshift.capture.session import fallback_note, resolve_device
+from onnx_optshift.graph.discover import discover
+from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.graph.selection import Selection
+from onnx_optshift.graph.weights import Skip, Weight
+from onnx_optshift.report.progress import SILENT, Progress
+from onnx_optshift.run.bench import Bench
+from onnx_optshift.run.budget import Budget, Costs, make_plan
+from onnx_optshift.settings import Settings
+
+if TYPE_CHECKING:
+    import onnx
+
+# Fewer samples than this cannot be split into one part that fits and one that judges.
+FEWEST_TO_SPLIT = 10
+# The word for `--heldout` that switches the gate off: exact on the calibration data is then all that is promised.
+NO_HELDOUT = "none"
+# Random inputs must give every layer at least this many rows per input feature.
+SYNTHETIC_ROWS_PER_WIDTH = 2
+FEWEST_SYNTHETIC = 64
+
+NO_DATA_WARNING = (
+    "no calibration data: seeded random inputs are used, so only directions that nothing excites are removed. "
+    "Give real data with --calib before relying on the result."
+)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The samples of one run.
+
+    Attributes:
+        calibration: All samples that the final solve and the promise cover.
+        fit: The part that settings are tried on; `calibration` itself unless some of it was split off to judge.
+        heldout: Data that shifts are judged on: given, or split off; None when there is none.
+        split: Whether `heldout` was split off the calibration data and joins it for the final solve.
+        warnings: One sentence each.
+    """
+
+    calibration: Samples
+    fit: Samples
+    heldout: Samples | None = None
+    split: bool = False
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before anything is captured; valid as it is.
+
+    Attributes:
+        model: The original.
+        bench: Runs it and its trials.
+        weights: Weights that can be solved for.
+        skips: Linear layers that are left alone, with reasons.
+        data: The samples; None where no layer needs any and none were given.
+        settings: All choices.
+        predicted_memory: The process's peak, in bytes; None without data.
+        reads: Sources of all data, which nothing may be written over.
+    """
+
+    model: ModelFile
+    bench: Bench
+    weights: tuple[Weight, ...]
+    skips: tuple[Skip, ...]
+    data: Data | None
+    settings: Settings
+    predicted_memory: int | None
+    reads: tuple[object, ...] = ()
+
+
+def prepare(
+    model: str | Path | onnx.ModelProto,
+    settings: Settings,
+    calibration: Sequence[object] | None,
+    heldout: Sequence[object] | None = (NO_HELDOUT,),
+    *,
+    make_up: bool = False,
+    progress: Progress = SILENT,
+) -> Prepared:
+    """Opens a model and its data, and plans how its memory budget is kept.
+
+    Args:
+        model: Path of an ONNX file, or a ModelProto.
+        settings: All choices.
+        calibration: Sources of calibration data; None looks beside the model.
+        heldout: Sources of held-out data; `["none"]` for none; None splits some off.
+        make_up: Whether random inputs serve where there is no data.
+        progress: Where long passes report to.
+
+    Raises:
+        InputError: The model, the data or a setting cannot be used, or memory does not suffice.
+        DeviceError: The device is not available.
+    """
+    source = ModelFile.load(model)
+    selection = Selection(settings.nodes_to_include, settings.nodes_to_exclude, settings.op_types)
+    weights, skips = discover(source, selection)
+    device = resolve_device(settings.device, settings.providers, allow_cpu_fallback=settings.allow_cpu_fallback)
+    bench = Bench.open(
+        source,
+        weights,
+        device,
+        batch_size=settings.batch_size or 1,
+        custom_op_library=settings.custom_op_library,
+        progress=progress,
+    )
+    sources = calibration or (beside(source.path, input_specs(source)) if source.path is not None else ())
+    samples = find_calibration(source, sources, settings, judged=heldout is None)
+    if samples is None:
+        if not (make_up and weights and source.inputs):
+            return Prepared(source, bench, tuple(weights), tuple(skips), None, settings, None, tuple(heldout or ()))
+        samples = _made_up(bench, source, settings)
+    unreached = bench.unstackable(samples)
+    bench = bench.without({skip.weight for skip in unreached if skip.weight is not None}) if unreached else bench
+    data = arrange(source, samples, heldout, settings)
+    measured = bench.measure(samples)
+    costs = Costs(
+        external=bench.sessions.external,
+        inline=source.size - bench.sessions.external,
+        values=measured.values,
+        outputs=measured.outputs,
+        rows=measured.rows,
+        samples=len(samples),
+        parts=1 + data.split,
+        metric=settings.objective == "curvature",
+        apart=bench.sessions.large,
+    )
+    plan = make_plan(costs, bench.weights, settings.batch_size, Budget.of(settings.max_memory, device.solve))
+    bench = bench.planned(plan, measured.rows)
+    fallen_back = bench.sessions.original().fallen_back
+    if fallen_back:
+        data = _warned(data, f"{fallback_note(fallen_back)}.")
+    reads = (*sources, *(heldout or ()))
+    return Prepared(source, bench, bench.weights, (*skips, *unreached), data, settings, plan.predicted, reads)
+
+
+def find_calibration(
+    model: ModelFile, sources: Sequence[object] | None, settings: Settings, *, judged: bool = False
+) -> Samples | None:
+    """Calibration data; None where there are no sources.
+
+    Args:
+        model: For its inputs.
+        sources: Of the data.
+        settings: For the labels' name and the number of samples.
+        judged: Whether some of it is going to be held out, so that labels that the user named must be in it.
+
+    Raises:
+        InputError: The data cannot be used.
+    """
+    specs = input_specs(model)
+    if not sources:
+        return None
+    required = judged and _labels_named(settings)
+    samples = load(sources, specs, labels_name=settings.labels, labels_required=required)
+    return samples if settings.max_samples is None else samples.select(range(min(settings.max_samples, len(samples))))
+
+
+def arrange(model: ModelFile, calibration: Samples, heldout: Sequence[object] | None, settings: Settings) -> Data:
+    """Decides which samples fit and which are held out.
+
+    Args:
+        model: For its inputs.
+        calibration: All calibration samples.
+        heldout: Sources of held-out data; `["none"]` switches the gate off; None splits it off.
+        settings: For the fraction, the labels' name and the seed.
+
+    Raises:
+        InputError: The held-out data cannot be used.
+    """
+    data = Data(calibration, calibration, warnings=(NO_DATA_WARNING,) if calibration.synthetic else ())
+    if heldout and list(heldout) == [NO_HELDOUT]:
+        return data
+    if heldout:
+        specs, required = input_specs(model), _labels_named(settings)
+        given = load(heldout, specs, labels_name=settings.labels, labels_required=required)
+        data = replace(data, heldout=given)
+        if given.fingerprint == calibration.fingerprint:
+            data = _warned(
+                data,
+                "the held-out data equals the calibration data (same fingerprint), so it cannot show harm to unseen "
+                "data. Give other samples with --heldout.",
+            )
+        return data
+    if len(calibration) < FEWEST_TO_SPLIT:
+        return _warned(
+            data,
+            f"{len(calibration)} calibration samples are too few to hold some of them out: whether unseen data is "
+            "served worse was not checked. Give more samples, or --heldout.",
+        )
+    fit, held = split(calibration, settings.heldout_fraction, settings.seed)
+    return replace(data, fit=calibration.select(fit), heldout=calibration.select(held), split=True)
+
+
+def input_specs(model: ModelFile) -> list[InputSpec]:
+    """The model's inputs as the calibration side knows them."""
+    return [InputSpec(spec.name, spec.dtype, spec.shape) for spec in model.inputs]
+
+
+def _labels_named(settings: Settings) -> bool:
+    return settings.labels != Settings.labels
+
+
+def _warned(data: Data, warning: str) -> Data:
+    return replace(data, warnings=(*data.warnings, warning))
+
+
+def _made_up(bench: Bench, model: ModelFile, settings: Settings) -> Samples:
+    """Seeded random inputs, enough for the widest layer."""
+    one = synthetic(input_specs(model), 1, settings.seed)
+    unreached = {skip.weight for skip in bench.unstackable(one)}
+    rows = bench.without({name for name in unreached if name is not None}).measure(one).rows
+    needed = max((-(-SYNTHETIC_ROWS_PER_WIDTH * tap.width // count) for tap, count in rows.items()), default=1)
+    return synthetic(input_specs(model), max(FEWEST_SYNTHETIC, needed), settings.seed)

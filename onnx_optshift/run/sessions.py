@@ -1,0 +1,101 @@
+"""Sessions of one model: opened when first needed, kept while they may be, closed when memory asks for it.
+
+A model with gigabytes of external data has one session open at a time, without packed copies of its weights; what a run
+holds for it stays in files that are mapped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from onnx_optshift.capture.session import Device, Session
+from onnx_optshift.geometry import Tap
+from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.graph.probes import probe_model
+from onnx_optshift.graph.tensors import all_tensors, is_external, raw_size
+from onnx_optshift.run.mapped import MappedStore
+
+# External data from this size on is never copied: one session at a time maps it, without packed copies of its own.
+LARGE_MODEL = 2**30
+
+
+class Sessions:
+    """Opens sessions of a model, its copies with probes, and files made from it.
+
+    Args:
+        model: The original.
+        device: What runs it.
+        custom_op_library: Shared library with custom operators.
+
+    Attributes:
+        external: Bytes of the model's external data.
+        large: Whether only one session is open at a time, and weights stay in their file.
+    """
+
+    def __init__(self, model: ModelFile, device: Device, custom_op_library: str | None = None) -> None:
+        self._model = model
+        self._device = device
+        self._custom_op_library = custom_op_library
+        self._kept: dict[tuple[str, ...], Session] = {}
+        self._store = MappedStore()
+        self.external = sum(raw_size(tensor) for tensor in all_tensors(model.proto) if is_external(tensor))
+        self.large = self.external >= LARGE_MODEL
+
+    def open(self, model: bytes | Path | None = None, **options: Any) -> Session:
+        """A new session on the original, on another file, or on bytes whose external data is the original's.
+
+        Args:
+            model: What to run; None for the original.
+            **options: Of `Session`.
+
+        Raises:
+            InputError: ONNX Runtime cannot load it.
+            DeviceError: It would run somewhere else than asked.
+        """
+        if self.large:
+            self.rest()
+            options = {"prepack": False, **options}
+        if model is None:
+            model = self._model.path or probe_model(self._model, ())
+        folder = self._model.folder if isinstance(model, bytes) else None
+        return Session(model, self._device, folder=folder, custom_op_library=self._custom_op_library, **options)
+
+    def original(self) -> Session:
+        """The original model, as a user runs it; opened once."""
+        return self._kept_or_open((), None)
+
+    def trial(self, names: Sequence[str]) -> Session:
+        """The original model with these initializers as inputs that may be overridden; opened once."""
+        key = tuple(names)
+        return self._kept.get(key) or self._kept_or_open(key, probe_model(self._model, (), key))
+
+    def probe(self, taps: Sequence[Tap], overridable: Sequence[str] = ()) -> Session:
+        """The original model with the values of these taps as outputs."""
+        return self.open(probe_model(self._model, taps, overridable))
+
+    def keep(self, array: NDArray[Any]) -> NDArray[Any]:
+        """An array of the size of weights or outputs, to be held for long: in a file where the model is large."""
+        return self._store.keep(array) if self.large else array
+
+    def disk_space(self) -> int:
+        """Bytes that `keep` has room for in files."""
+        return self._store.free_space()
+
+    def rest(self) -> None:
+        """Lets go of all that a large model holds between passes: its session, and pages of its files."""
+        if self.large:
+            self._kept.clear()
+            self._store.let_go()
+            with suppress(OSError, AttributeError):  # glibc keeps what was freed, for the next time
+                ctypes.CDLL(None).malloc_trim(0)
+
+    def _kept_or_open(self, key: tuple[str, ...], model: bytes | None) -> Session:
+        if key not in self._kept:
+            self._kept[key] = self.open(model)
+        return self._kept[key]

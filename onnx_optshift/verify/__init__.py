@@ -1,1 +1,0 @@
-"""Proof that the outputs stayed."""
