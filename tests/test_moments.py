@@ -51,10 +51,10 @@ def test_merge_is_a_commutative_monoid(counts, seed):
     rng = np.random.default_rng(seed)
     parts = [rng.standard_normal((2, count, 6)) for count in counts]
     whole = np.concatenate(parts, axis=1)
-    assert_same(functools.reduce(lambda x, y: x + y, map(gathered, parts)), whole)
+    assert_same(functools.reduce(lambda x, y: x.merge(y), map(gathered, parts)), whole)
     assert_same(functools.reduce(lambda x, y: y.merge(x), map(gathered, parts)), whole)
-    assert_same(InputMoments(2, 6) + gathered(whole), whole)
-    assert_same(gathered(whole) + InputMoments(2, 6), whole)
+    assert_same(InputMoments(2, 6).merge(gathered(whole)), whole)
+    assert_same(gathered(whole).merge(InputMoments(2, 6)), whole)
 
 
 @pytest.mark.parametrize(("first", "second"), [(3, 3), (3, 30), (30, 3), (30, 30), (4, 4)])
@@ -63,7 +63,7 @@ def test_merging_leaves_the_parts_alone(first, second):
     a, b = rng.standard_normal((1, first, 7)), rng.standard_normal((1, second, 7))
     left, right = gathered(a), gathered(b)
     left.nonfinite, right.nonfinite = 2, 3
-    merged = left + right
+    merged = left.merge(right)
     merged.update(torch.ones(1, 20, 7))
     assert merged.nonfinite == 5
     assert_same(left, a)
