@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from onnx_optshift.verify.compare import OutputDifference, OutputsDifference
+from onnx_optshift.prove.compare import OutputDifference, OutputsDifference
 
 
 def deviation(value, reference, samples=None):

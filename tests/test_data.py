@@ -1,12 +1,12 @@
-"""Which data must hold labels that the user named: the data that judges."""
+"""Which data must hold labels that the user named: the data that judges, and draws class by class."""
 
 import numpy as np
 import pytest
 from tiny_models import two_layers
 
-from onnx_optshift.data import arrange, find_calibration
 from onnx_optshift.errors import InputError
 from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.run.prepare import arrange, find_calibration
 from onnx_optshift.settings import Settings
 
 NAMED = Settings(labels="label")
@@ -26,21 +26,21 @@ def data(model, **labels):
 LABELS = np.arange(20) % 2
 
 
-def test_named_labels_must_be_in_the_data_that_is_split(model):
+@pytest.mark.parametrize("heldout", [None, ["none"]])
+def test_named_labels_must_be_in_the_calibration_data_unless_other_data_judges(model, heldout):
     with pytest.raises(InputError, match=r"no array 'label' with labels.*Close matches: 'labels'"):
-        find_calibration(model, data(model, labels=LABELS), NAMED)
-    assert find_calibration(model, data(model, label=LABELS), NAMED).classes == 2
-    assert find_calibration(model, data(model), Settings()).classes is None  # the default name was not asked for
+        find_calibration(model, data(model, labels=LABELS), NAMED, heldout)
+    assert find_calibration(model, data(model, label=LABELS), NAMED, heldout).classes == 2
+    # The default name was not asked for.
+    assert find_calibration(model, data(model), Settings(), heldout).classes is None
 
 
 def test_named_labels_must_be_in_the_held_out_data_if_that_judges(model):
     heldout = data(model, label=LABELS)
     calibration = find_calibration(model, data(model), NAMED, heldout)
-    assert arrange(model, calibration, heldout, NAMED).judge.classes == 2
+    assert arrange(model, calibration, heldout, NAMED).heldout.classes == 2
     with pytest.raises(InputError, match="no array 'label' with labels"):
         arrange(model, calibration, data(model), NAMED)
-    with pytest.raises(InputError, match="no array 'label' with labels"):
-        find_calibration(model, data(model), NAMED, ["none"])
 
 
 def test_at_most_the_first_samples(model):

@@ -10,9 +10,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from onnx_optshift.capture import mapped
-from onnx_optshift.capture.mapped import MappedStore
 from onnx_optshift.errors import InputError
+from onnx_optshift.run import mapped
+from onnx_optshift.run.mapped import MappedStore
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, np.int64, np.bool_])

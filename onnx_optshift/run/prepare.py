@@ -119,7 +119,7 @@ def prepare(
         progress=progress,
     )
     sources = calibration or (beside(source.path, input_specs(source)) if source.path is not None else ())
-    samples = find_calibration(source, sources, settings, judged=heldout is None)
+    samples = find_calibration(source, sources, settings, heldout)
     if samples is None:
         if not (make_up and weights and source.inputs):
             return Prepared(source, bench, tuple(weights), tuple(skips), None, settings, None, tuple(heldout or ()))
@@ -149,24 +149,17 @@ def prepare(
 
 
 def find_calibration(
-    model: ModelFile, sources: Sequence[object] | None, settings: Settings, *, judged: bool = False
+    model: ModelFile,
+    sources: Sequence[object] | None,
+    settings: Settings,
+    heldout: Sequence[object] | None = (NO_HELDOUT,),
 ) -> Samples | None:
-    """Calibration data; None where there are no sources.
-
-    Args:
-        model: For its inputs.
-        sources: Of the data.
-        settings: For the labels' name and the number of samples.
-        judged: Whether some of it is going to be held out, so that labels that the user named must be in it.
-
-    Raises:
-        InputError: The data cannot be used.
-    """
-    specs = input_specs(model)
+    """Calibration data; None where there are no sources. Labels that the user named must be in what judges or draws."""
     if not sources:
         return None
-    required = judged and _labels_named(settings)
-    samples = load(sources, specs, labels_name=settings.labels, labels_required=required)
+    others_judge = bool(heldout) and list(heldout or ()) != [NO_HELDOUT]
+    required = _labels_named(settings) and not others_judge
+    samples = load(sources, input_specs(model), labels_name=settings.labels, labels_required=required)
     return samples if settings.max_samples is None else samples.select(range(min(settings.max_samples, len(samples))))
 
 
