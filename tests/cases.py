@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from onnx_optshift.solve.objective import make_objective
+from onnx_optshift.solve.problem import Problem
 from onnx_optshift.solve.spectrum import factor
 from onnx_optshift.stats.moments import InputMoments
 
@@ -107,3 +109,8 @@ def moments(rows):
 def spectrum(rows):
     """Spectrum of rows [g, n, d] given as an array."""
     return factor(moments(rows))
+
+
+def solve(objective, spectrum, matrix, tolerance, *, unit=FLOAT32, metric=None):
+    """The shift of a matrix [g, d, m] by the objective of a name."""
+    return make_objective(objective).solve(Problem(spectrum, matrix, unit, metric), tolerance)

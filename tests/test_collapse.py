@@ -13,10 +13,10 @@ from onnx_optshift.diagnose import collapse as nc
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.selection import Selection
-from onnx_optshift.layers import Layers
+from onnx_optshift.run.bench import Bench
+from onnx_optshift.run.layers import Layers
 from onnx_optshift.solve.spectrum import factor
 from onnx_optshift.stats.moments import InputMoments
-from onnx_optshift.workbench import Workbench
 
 K, D, EACH = 5, 8, 12
 RNG = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def bench_of(rows, classifier, body="y = MatMul(x, W)", shape=None):
     )
     model = ModelFile.load(proto)
     weights, _ = discover(model, Selection())
-    bench = Workbench(model, weights, resolve_device("cpu"), batch_size=7)
+    bench = Bench.open(model, weights, resolve_device("cpu"), batch_size=7)
     return bench, Samples([Part(len(rows), True, lambda: {"x": rows}, CLASSES)], source="test")
 
 
@@ -161,10 +161,11 @@ def test_ranks_of_known_spectra():
 def test_the_rank_of_a_layer():
     rows = (RNG.normal(size=(60, 3)) @ ROTATION[:3]).astype(np.float64)
     bench, samples = bench_of(rows.astype(np.float32), SIMPLEX.T)
-    layers = Layers(bench.weights, bench.collect(samples), bench.model.initializer)
+    layers = Layers(bench.weights, bench.statistics(samples), bench.model.initializer)
+    layers.survey()
     found = nc.layer_rank(bench.weights[0], layers)
     assert (found.d, found.rows, found.needed) == (D, 60, 3)
     assert 1 <= found.stable <= found.effective <= 3.01
     bench, samples = bench_of(np.full((60, D), np.nan, np.float32), SIMPLEX.T)
-    layers = Layers(bench.weights, bench.collect(samples), bench.model.initializer)
+    layers = Layers(bench.weights, bench.statistics(samples), bench.model.initializer)
     assert nc.layer_rank(bench.weights[0], layers) is None

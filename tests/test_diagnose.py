@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 from rich.console import Console
 
-from onnx_optshift.diagnose.run import diagnose
+from onnx_optshift.commands.diagnose import diagnose
 from onnx_optshift.diagnose.verdict import Conditions, verdict
 from onnx_optshift.errors import InputError
 from onnx_optshift.report.diagnosis import FAIL, GO, NO_GO, PASS, TRY_SMALL, WARN, Collapse, LayerRank

@@ -5,8 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from onnx_optshift import audit, optimize
 from onnx_optshift.cli import main
+from onnx_optshift.commands.shift import run
+from onnx_optshift.commands.verify import verify
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.settings import Settings
 
@@ -22,12 +23,12 @@ def pixels(name, rows):
 @pytest.fixture(name="shifted", scope="module")
 def fixture_shifted(tmp_path_factory):
     out = tmp_path_factory.mktemp("drift") / "shifted.onnx"
-    optimize.run(ORIGINAL, out, [pixels("calibration.npz", slice(0, 100))], ["none"], Settings(device="cpu"))
+    run(ORIGINAL, out, [pixels("calibration.npz", slice(0, 100))], ["none"], Settings(device="cpu"))
     return out
 
 
 def drift(shifted, data, **settings):
-    return audit.compare(ORIGINAL, shifted, [data], Settings(device="cpu", **settings)).drift
+    return verify(ORIGINAL, shifted, [data], Settings(device="cpu", **settings)).drift
 
 
 def test_shares_are_those_of_plain_numpy(shifted):

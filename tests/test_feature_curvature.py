@@ -8,11 +8,11 @@ import torch
 
 from onnx_optshift.calibration.source import Part, Samples
 from onnx_optshift.capture.session import resolve_device
-from onnx_optshift.diagnose.feature_curvature import MOST_SAMPLES, feature_curvature
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.selection import Selection
-from onnx_optshift.workbench import Workbench
+from onnx_optshift.run.bench import Bench
+from onnx_optshift.run.feature_curvature import MOST_SAMPLES, feature_curvature
 
 X = np.random.default_rng(5).normal(size=(30, 4)).astype(np.float32)
 W1, W2 = tiny_models.weight(4, 6, seed=1), tiny_models.weight(6, 3, seed=2)
@@ -21,11 +21,16 @@ W1, W2 = tiny_models.weight(4, 6, seed=1), tiny_models.weight(6, 3, seed=2)
 def bench_of(proto, names=(), **options):
     model = ModelFile.load(proto)
     chosen, _ = discover(model, Selection(include=tuple(names)))
-    return Workbench(model, chosen, resolve_device("cpu"), **{"batch_size": 11, **options})
+    return Bench.open(model, chosen, resolve_device("cpu"), **{"batch_size": 11, **options})
 
 
 def samples_of(x):
     return Samples([Part(len(x), True, lambda: {"x": x})], source="test")
+
+
+def slopes(bench, samples, **options):
+    """Moments of the slopes of every tap."""
+    return feature_curvature(bench, samples, **options).load(0)
 
 
 def curvature_of(body, tensors, probes=300, names=(), x=X, seed=0):
@@ -33,7 +38,7 @@ def curvature_of(body, tensors, probes=300, names=(), x=X, seed=0):
     kind = "float16" if x.dtype == np.float16 else "float"
     shape = ",".join(["N", *map(str, x.shape[1:])])
     bench = bench_of(tiny_models.model(f"g ({kind}[{shape}] x) => ({kind} y) {{ {body} }}", tensors), names)
-    found = feature_curvature(bench, samples_of(x), probes=probes, seed=seed)
+    found = slopes(bench, samples_of(x), probes=probes, seed=seed)
     moments = {weight.name: found[weight.uses[0].tap] for weight in bench.weights}
     return {name: (part.gram() / part.rows).numpy() for name, part in moments.items()}
 
@@ -90,7 +95,7 @@ def test_weights_that_stay_count_as_sources_too():
 def test_only_so_many_samples_are_run():
     many = np.random.default_rng(8).normal(size=(MOST_SAMPLES + 40, 4)).astype(np.float32)
     bench = bench_of(tiny_models.two_layers())
-    found = feature_curvature(bench, samples_of(many), probes=3)
+    found = slopes(bench, samples_of(many), probes=3)
     assert {moments.rows for moments in found.values()} == {3 * MOST_SAMPLES}
 
 
@@ -99,8 +104,8 @@ def test_seeded_and_not_dependent_on_batches():
     one, again, other = (curvature_of(body, tensors, probes=2, seed=seed)["W2"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(one, again)
     assert not np.allclose(one, other)
-    whole = feature_curvature(bench_of(tiny_models.two_layers(), batch_size=30), samples_of(X), probes=2)
-    parts = feature_curvature(bench_of(tiny_models.two_layers(), batch_size=7), samples_of(X), probes=2)
+    whole = slopes(bench_of(tiny_models.two_layers(), batch_size=30), samples_of(X), probes=2)
+    parts = slopes(bench_of(tiny_models.two_layers(), batch_size=7), samples_of(X), probes=2)
     for tap, moments in whole.items():
         torch.testing.assert_close(parts[tap].gram(), moments.gram(), rtol=1e-3, atol=1e-6)
 
@@ -110,7 +115,7 @@ def test_what_overflows_is_counted_and_not_averaged():
     tensors = {"W1": np.full((1, 2), 250, np.float16), "W2": np.ones((2, 1), np.float16)}
     proto = tiny_models.model("g (float16[N,1] x) => (float16 y) { h = MatMul(x, W1) y = MatMul(h, W2) }", tensors)
     bench = bench_of(proto)
-    found = feature_curvature(bench, samples_of(np.full((4, 1), 260, np.float16)), probes=2)
+    found = slopes(bench, samples_of(np.full((4, 1), 260, np.float16)), probes=2)
     assert found[bench.weights[1].uses[0].tap].nonfinite > 0
 
 
@@ -122,11 +127,11 @@ def test_a_step_that_changes_the_shape_of_an_input_brings_no_slope():
         kept = Compress<axis = 0>(h, mask) y = MatMul(kept, W2)"""
     bench = bench_of(tiny_models.model(f"g (float[N,2] x) => (float y) {{ {body} }}", tensors), batch_size=1)
     tap = bench.weights[1].uses[0].tap
-    assert feature_curvature(bench, samples_of(np.array([[1.0, 0.0]], np.float32)), probes=4)[tap].rows == 0
+    assert slopes(bench, samples_of(np.array([[1.0, 0.0]], np.float32)), probes=4)[tap].rows == 0
     steady = np.array([[1.0, 0.0], [-1.0, 0.0]], np.float32)
     tensors["W1"][0, 0] = 1
     bench = bench_of(tiny_models.model(f"g (float[N,2] x) => (float y) {{ {body} }}", tensors), batch_size=1)
-    assert feature_curvature(bench, samples_of(steady), probes=4)[tap].rows == 4
+    assert slopes(bench, samples_of(steady), probes=4)[tap].rows == 4
 
 
 def test_a_model_without_earlier_weights_gives_zeros():
@@ -143,6 +148,6 @@ def test_a_weight_may_be_a_constant_node(owner):
         proto.graph.node.insert(0, onnx.helper.make_node("Constant", [], ["W1"], value=tensor))
         proto.graph.initializer.remove(tensor)
     bench = bench_of(proto)
-    found = feature_curvature(bench, samples_of(X), probes=2)
+    found = slopes(bench, samples_of(X), probes=2)
     tap = next(weight for weight in bench.weights if weight.name == "W2").uses[0].tap
     assert float(found[tap].gram().abs().max()) > 0

@@ -16,7 +16,7 @@ from onnx_optshift.diagnose.landscape import Landscape, loss_of, smooth_session
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.selection import Selection
-from onnx_optshift.workbench import Workbench
+from onnx_optshift.run.bench import Bench
 
 RNG = np.random.default_rng(3)
 N, D, M = 60, 5, 4
@@ -28,7 +28,7 @@ TARGETS = RNG.normal(size=(N, M)).astype(np.float32)
 def bench_of(proto, labels=CLASSES, batch_size=25):
     model = ModelFile.load(proto)
     weights, _ = discover(model, Selection())
-    bench = Workbench(model, weights, resolve_device("cpu"), batch_size=batch_size)
+    bench = Bench.open(model, weights, resolve_device("cpu"), batch_size=batch_size)
     return bench, Samples([Part(len(X), True, lambda: {"x": X}, labels)], source="test")
 
 
@@ -164,7 +164,7 @@ def test_a_weight_on_the_edge_of_a_relu_has_no_spike():
         def mean(sign):
             arrays = {**place.moved(z, sign * step)}
             parts = [
-                loss.per_sample(bench.trial.run({**batch.feeds, **arrays}), {}, batch.labels, len(batch.labels))[0]
+                loss.per_sample(bench.outputs.run(batch, arrays), {}, batch.labels, len(batch.labels))[0]
                 for batch in samples.batches(25)
             ]
             return float(np.concatenate(parts).mean())

@@ -2,22 +2,24 @@
 
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import tiny_models
-import torch
 from onnx import numpy_helper
 
-from onnx_optshift import optimize
-from onnx_optshift.calibration.load import load
-from onnx_optshift.data import input_specs
-from onnx_optshift.diagnose.feature_curvature import feature_curvature
-from onnx_optshift.layers import NONFINITE_SLOPES, UNSEEN, Layers
+from onnx_optshift import api
+from onnx_optshift.commands import shift
+from onnx_optshift.run.budget import Costs
+from onnx_optshift.run.capture import captured, objective_of
+from onnx_optshift.run.feature_curvature import feature_curvature
+from onnx_optshift.run.layers import NONFINITE_SLOPES, UNSEEN, Layers
+from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
-from onnx_optshift.workbench import open_model, open_workbench
+from onnx_optshift.solve.finish import as_matrix
 
 ROOT = Path(__file__).parents[1]
 MODELS = ROOT / "models"
@@ -25,7 +27,7 @@ MODELS = ROOT / "models"
 
 def run(model, calibration, out=None, heldout="none", **settings):
     settings = {"objective": "curvature", "device": "cpu", **settings}
-    return optimize.run(model, out, [calibration], [heldout], Settings(**settings)).report
+    return shift.run(model, out, [calibration], [heldout], Settings(**settings)).report
 
 
 def arrays(path):
@@ -37,13 +39,14 @@ def feeds(name, count=None, labels=False):
         return {key: data[key][:count] for key in data.files if labels or key != "labels"}
 
 
-def layers_of(model, inputs, objective="curvature"):
-    """Layers of a model and the metric of each weight, put together without the pass."""
-    opened, weights, _ = open_model(model, Settings())
-    bench = open_workbench(opened, weights, Settings(device="cpu"))
-    samples = load([inputs], input_specs(opened))
-    slopes = feature_curvature(bench, samples) if objective == "curvature" else None
-    return Layers(weights, bench.collect(samples), opened.initializer, objective=objective, slopes=slopes)
+def prepared_with(model, inputs, **settings):
+    return prepare(model, Settings(**{"objective": "curvature", "device": "cpu", **settings}), [inputs])
+
+
+def layers_of(model, inputs, **settings):
+    """Layers of a model with their statistics, as the pass has them."""
+    prepared = prepared_with(model, inputs, **settings)
+    return captured(prepared, prepared.data, objective_of(prepared))[0]
 
 
 def test_exact_keeps_the_outputs_and_makes_the_weighted_norm_least(tmp_path):
@@ -57,13 +60,14 @@ def test_exact_keeps_the_outputs_and_makes_the_weighted_norm_least(tmp_path):
     before, found, other = (arrays(path) for path in (model, tmp_path / "curvature.onnx", tmp_path / "norm.onnx"))
     by_name = {layer.name: layer for layer in report.layers}
     for name, weight in layers.weights.items():
-        metric = layers.metric(weight)
-        if isinstance(metric, str):
-            assert (metric, by_name[name].reason) == (UNSEEN, f"shifted {UNSEEN}")
+        problem = layers.problem(weight)
+        metric = problem.metric
+        if metric is None:
+            assert (problem.note, by_name[name].reason) == (UNSEEN, f"shifted {UNSEEN}")
             assert by_name[name].curvature_ratio is None
             np.testing.assert_array_equal(found[name], other[name])
             continue
-        v, w, p = (metric.square(layers.as_matrix(weight, some[name])) for some in (before, found, other))
+        v, w, p = (metric.square(as_matrix(some[name], weight.form)) for some in (before, found, other))
         assert w < p * (1 - 1e-6), "the plain norm's solution is another, and heavier"
         assert by_name[name].reason == "shifted"
         assert by_name[name].curvature_ratio == pytest.approx(w / v, rel=1e-6)
@@ -74,18 +78,16 @@ def test_exact_keeps_the_outputs_and_makes_the_weighted_norm_least(tmp_path):
 
 
 def test_solving_again_with_the_same_metric_finds_nothing_more():
-    inputs = feeds("digits_mlp", 200)
-    layers = layers_of(MODELS / "digits_mlp" / "model.onnx", inputs)
-    once = layers.candidate(0.0)
-    assert len(once.arrays) == 3
-    again = Layers(
-        layers.weights.values(),
-        layers.statistics,
-        lambda name: once.arrays[name],
-        objective="curvature",
-        slopes=layers._slopes,
-    )
-    assert not again.candidate(0.0).arrays
+    prepared = prepared_with(MODELS / "digits_mlp" / "model.onnx", feeds("digits_mlp", 200))
+    store = prepared.bench.statistics(prepared.data.calibration)
+    slopes = feature_curvature(prepared.bench, prepared.data.fit)
+
+    def moved(content):
+        return Layers(prepared.weights, store, content, objective_of(prepared), slopes=slopes).candidate(0.0).arrays
+
+    once = moved(prepared.model.initializer)
+    assert len(once) == 3
+    assert not moved(lambda name: once[name])
 
 
 @pytest.mark.parametrize("name", ["digits_cnn", "digits_transformer"])
@@ -169,58 +171,49 @@ def test_where_the_metric_overflows_the_plain_norm_serves_and_says_so(tmp_path):
 def test_a_tight_memory_limit_costs_passes_and_changes_nothing(tmp_path):
     model, inputs = MODELS / "digits_transformer" / "model.onnx", feeds("digits_transformer", 20)
     run(model, inputs, tmp_path / "free.onnx", batch_size=10)
-    opened, weights, _ = open_model(model, Settings())
-    samples = load([inputs], input_specs(opened))
-    plan = open_workbench(opened, weights, Settings(device="cpu", batch_size=10)).plan(samples, metric=True)
-    limit = {"batch_size": 10, "max_memory": plan.predicted - 1}
-    tight = open_workbench(opened, weights, Settings(device="cpu", **limit)).plan(samples, metric=True)
-    assert plan.waves == 1
-    assert tight.waves > 1
+    free = prepared_with(model, inputs, batch_size=10)
+    limit = {"batch_size": 10, "max_memory": free.predicted_memory - 1}
+    assert len(free.bench.waves) == 1
+    assert len(prepared_with(model, inputs, **limit).bench.waves) > 1
     run(model, inputs, tmp_path / "tight.onnx", **limit)
     assert (tmp_path / "tight.onnx").read_bytes() == (tmp_path / "free.onnx").read_bytes()
 
 
-def test_memory_for_the_metric_is_planned(tmp_path):
-    opened, weights, _ = open_model(MODELS / "digits_mlp" / "model.onnx", Settings())
-    samples = load([feeds("digits_mlp", 20)], input_specs(opened))
-    plain, weighed = (
-        open_workbench(opened, weights, Settings(device="cpu")).plan(samples, metric=metric) for metric in (False, True)
-    )
-    squares = sum(8 * weight.d**2 for weight in weights)
-    assert weighed.statistics - plain.statistics >= 2 * squares
-    assert weighed.predicted > plain.predicted
+def test_memory_for_the_metric_is_planned():
+    bench = prepared_with(MODELS / "digits_mlp" / "model.onnx", feeds("digits_mlp", 20)).bench
+    known = {"external": 0, "inline": 0, "values": {}, "outputs": 1, "rows": bench.rows, "samples": 20, "parts": 1}
+    plain, weighed = (Costs(**known, metric=metric, apart=False) for metric in (False, True))
+    assert weighed.held(bench.taps) - plain.held(bench.taps) >= sum(2 * 8 * weight.d**2 for weight in bench.weights)
+    assert weighed.solve(bench.weights) > plain.solve(bench.weights)
 
 
 def test_layers_that_read_the_same_value_share_a_metric():
     layers = layers_of(MODELS / "digits_transformer" / "model.onnx", feeds("digits_transformer", 20))
-    q, k, o = (layers.weights[f"attention.{part}.weight"] for part in "qko")
-    assert layers.metric(q) is layers.metric(k)
-    assert layers.metric(q) is not layers.metric(o)
+    q, k, o = (layers.problem(layers.weights[f"attention.{part}.weight"]).metric for part in "qko")
+    assert q is k
+    assert q is not o
 
 
 def test_other_objectives_measure_no_metric():
     layers = layers_of(MODELS / "digits_mlp" / "model.onnx", feeds("digits_mlp", 20), objective="norm")
-    assert {layers.metric(weight) for weight in layers.weights.values()} == {None}
-    assert {solved.weighted for solved in layers.candidate(0.1).solved.values()} == {None}
+    assert {layers.problem(weight).metric for weight in layers.weights.values()} == {None}
 
 
 def test_inspect_tells_what_could_be_shifted():
-    inputs = feeds("digits_mlp", 60)
-    settings = Settings(objective="curvature", device="cpu")
-    report = optimize.inspect(MODELS / "digits_mlp" / "model.onnx", [inputs], settings)
-    assert {layer.reason for layer in report.layers} == {"inspection: this layer could be shifted"}
+    report = api.inspect(
+        MODELS / "digits_mlp" / "model.onnx", feeds("digits_mlp", 60), objective="curvature", device="cpu"
+    )
+    assert {layer.reason for layer in report.layers} == {"inspect: this layer could be shifted"}
 
 
 def test_a_solution_that_rounding_makes_heavier_is_not_written():
     layers = layers_of(MODELS / "digits_mlp" / "model.onnx", feeds("digits_mlp", 60))
     weight = layers.weights["fc2.weight"]
-    shift = layers.solve(weight, 0.0).shift
-    assert layers.written(weight, _with(shift, 1.5 * layers.matrix(weight))).array is None
-    assert layers.written(weight, _with(shift, 0.5 * layers.matrix(weight))).array is not None
-
-
-def _with(shift, matrix):
-    return type(shift)(**{**vars(shift), "matrix": torch.as_tensor(matrix)})
+    problem = layers.problem(weight)
+    found = layers.objective.solve(problem, 0.0)
+    heavier, lighter = (replace(found, matrix=factor * problem.matrix) for factor in (1.5, 0.5))
+    assert not layers.finish(weight, problem, heavier, 0.0).moved
+    assert layers.finish(weight, problem, lighter, 0.0).moved
 
 
 def test_the_comparison_is_at_equal_deviation_and_tells_the_objectives_apart(monkeypatch):

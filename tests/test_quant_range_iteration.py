@@ -1,7 +1,5 @@
 """How the narrowest weight is found: acceleration, precision and chunks change the time, never what is promised."""
 
-import math
-
 import cases
 import numpy as np
 import pytest
@@ -9,7 +7,7 @@ import reference
 import torch
 from cases import FLOAT32
 
-from onnx_optshift.solve import anderson, quant_range
+from onnx_optshift.solve import quant_range
 from onnx_optshift.solve.anderson import Anderson
 from onnx_optshift.solve.quant_range import GAP, Granularity
 from onnx_optshift.solve.spectrum import Coordinates
@@ -57,41 +55,15 @@ def test_no_equation_of_the_table_runs_into_the_limit(mode):
             assert found(name, tolerance, mode)[2].gap <= GAP, (name, tolerance)
 
 
-def test_unlimited_jumps_run_away(monkeypatch):
-    # Negative control of the test above.
-    monkeypatch.setattr(anderson, "_LONGEST_JUMP", math.inf)
-    monkeypatch.setattr(anderson, "_RIDGE", 1e-6)
-    monkeypatch.setattr(quant_range, "_ADAPT_UNTIL", 40)
-    rows, matrix, result = found("nearly full", 1e-5)
-    assert result.gap > GAP
-    # Even then what comes out is within the tolerance.
-    assert residuals(rows, matrix, result.matrix.numpy()).max() <= 1e-5 * (1 + 1e-6)
-
-
-def test_acceleration_saves_iterations_and_finds_the_same(monkeypatch):
-    monkeypatch.setattr(quant_range, "GAP", 2e-3)
-    coordinates = wide()[2]
-    fast = quant_range.narrowest(coordinates, 0.03, Granularity())
-    monkeypatch.setattr(anderson, "_LONGEST_JUMP", 0)
-    slow = quant_range.narrowest(coordinates, 0.03, Granularity())
-    assert 1.3 * fast.iterations <= slow.iterations < 500
-    assert fast.gain == pytest.approx(slow.gain, abs=2e-3)
-
-
 @pytest.mark.parametrize("tolerance", [1e-6, 0.003, 0.1])
-def test_float32_and_float64_find_the_same_and_stay_within_the_tolerance(tolerance, monkeypatch):
+def test_float32_closes_the_gap_and_stays_within_the_tolerance(tolerance):
     rows, matrix, coordinates = wide()
-    single = quant_range.narrowest(coordinates, tolerance, Granularity())
-    monkeypatch.setattr(quant_range, "_FLOAT32_RADIUS", math.inf)
-    double = quant_range.narrowest(coordinates, tolerance, Granularity())
-    assert not torch.equal(single.matrix, double.matrix)  # two paths, indeed
-    np.testing.assert_allclose(ranges(single.matrix), ranges(double.matrix), rtol=4 * GAP)
-    for result in (single, double):
-        assert result.gap <= GAP
-        assert residuals(rows, matrix, result.matrix.numpy()).max() <= tolerance * (1 + 1e-7)
+    result = quant_range.narrowest(coordinates, tolerance, Granularity())
+    assert result.gap <= GAP
+    assert residuals(rows, matrix, result.matrix.numpy()).max() <= tolerance * (1 + 1e-7)
 
 
-def test_what_float32_cannot_hold_is_left_to_float64(monkeypatch):
+def test_what_float32_cannot_hold_is_left_to_float64():
     # The second column reads only inputs that are 1e-10 of the others: squares of its outputs are 1e-26 and less.
     rng = np.random.default_rng(4)
     rows = np.zeros((1, 14, 20))
@@ -99,26 +71,23 @@ def test_what_float32_cannot_hold_is_left_to_float64(monkeypatch):
     matrix = rng.standard_normal((1, 20, 2))
     matrix[0, :8, 1] = 0
     coordinates = Coordinates.of(cases.spectrum(rows), torch.from_numpy(matrix), FLOAT32)
-    double = quant_range.narrowest(coordinates, 1e-3, Granularity())
-    assert double.gap <= GAP
-    monkeypatch.setattr(quant_range, "_FLOAT32_RADIUS", 0.0)
-    single = quant_range.narrowest(coordinates, 1e-3, Granularity())
-    assert single.gap > GAP  # negative control
-    for result in (single, double):
-        assert residuals(rows, matrix, result.matrix.numpy()).max() <= 1e-3 * (1 + 1e-6)
+    result = quant_range.narrowest(coordinates, 1e-3, Granularity())
+    assert result.gap <= GAP
+    assert residuals(rows, matrix, result.matrix.numpy()).max() <= 1e-3 * (1 + 1e-6)
 
 
 @pytest.mark.parametrize("mode", ["channel", "block"])
-def test_columns_do_not_depend_on_those_they_are_solved_with(mode, monkeypatch):
-    coordinates = wide(columns=7)[2]
-    together = quant_range.narrowest(coordinates, 0.03, Granularity(mode, 32))
-    monkeypatch.setattr(quant_range, "_COLUMNS", 3)
-    apart = quant_range.narrowest(coordinates, 0.03, Granularity(mode, 32))
-    granularity = Granularity(mode, 32)
+def test_columns_do_not_depend_on_those_they_are_solved_with(mode):
+    # More columns than are iterated on at a time.
+    rows, matrix, coordinates = wide(width=24, columns=300)
+    granularity = Granularity(mode, 8)
+    together = quant_range.narrowest(coordinates, 0.03, granularity)
+    some = Coordinates.of(cases.spectrum(rows), torch.from_numpy(matrix[..., 250:260]), FLOAT32)
+    apart = quant_range.narrowest(some, 0.03, granularity)
     torch.testing.assert_close(
-        granularity.ranges(apart.matrix), granularity.ranges(together.matrix), rtol=4 * GAP, atol=0
+        granularity.ranges(apart.matrix), granularity.ranges(together.matrix[..., 250:260]), rtol=4 * GAP, atol=0
     )
-    assert apart.gap <= GAP
+    assert max(apart.gap, together.gap) <= GAP
 
 
 def contraction(seed, width):

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from onnx_optshift.errors import InputError
-from onnx_optshift.quantize.error import layer_errors, output_error
 from onnx_optshift.quantize.rtn import Grid, round_to_nearest
 from onnx_optshift.solve import error_ball
+from onnx_optshift.solve.rounding_error import output_error, output_errors
 from onnx_optshift.solve.spectrum import factor
 from onnx_optshift.stats.moments import InputMoments
 
@@ -58,28 +57,22 @@ def test_deviation_counts_where_quantization_is_free():
 def test_before_and_after_for_each_bit_width():
     a, v, spectrum = case()
     w = error_ball.solve(spectrum, v, 0.05, 2.0**-24).matrix
-    found = layer_errors(spectrum, v, w, [Grid(bits) for bits in (8, 4, 2)])
-    assert [grid.bits for grid, _, _ in found] == [8, 4, 2]
-    for grid, before, after in found:
-        assert before == pytest.approx(by_rows(a, v, round_to_nearest(v, Grid(grid.bits))), rel=1e-6)
-        assert after == pytest.approx(by_rows(a, v, round_to_nearest(w, Grid(grid.bits))), rel=1e-6)
+    grids = [Grid(bits) for bits in (8, 4, 2)]
+    before, after = (output_errors(spectrum, v, weight, grids) for weight in (v, w))
+    for grid in grids:
+        assert before[grid] == pytest.approx(by_rows(a, v, round_to_nearest(v, grid)), rel=1e-6)
+        assert after[grid] == pytest.approx(by_rows(a, v, round_to_nearest(w, grid)), rel=1e-6)
     # At 8 bits the deviation of the shift outweighs the rounding it saves.
-    assert found[0][2] > 0.04 > found[0][1]
-    assert found[-1][1] > found[0][1]
-
-
-def test_an_unmoved_weight_has_one_error():
-    _, v, spectrum = case()
-    grids = [Grid(bits) for bits in (8, 4, 3, 2)]
-    assert all(before == after for _, before, after in layer_errors(spectrum, v, v.clone(), grids))
+    assert after[grids[0]] > 0.04 > before[grids[0]]
+    assert before[grids[-1]] > before[grids[0]]
 
 
 def test_the_grid_is_passed_on():
     _, v, spectrum = case()
-    grid = Grid(4, "block", 3)
-    blocks = layer_errors(spectrum, v, v, [grid])
-    assert blocks == [(grid, *2 * [output_error(spectrum, v, v, grid)])]
-    assert blocks[0][1:] != layer_errors(spectrum, v, v, [Grid(4)])[0][1:]
+    grids = [Grid(4, "block", 3), Grid(4)]
+    blocks, channels = output_errors(spectrum, v, v, grids).values()
+    assert blocks == output_error(spectrum, v, v, grids[0])
+    assert blocks != channels
 
 
 def test_rounding_what_no_row_reads_is_free():
@@ -90,9 +83,8 @@ def test_rounding_what_no_row_reads_is_free():
     moments.update(a)
     spectrum = factor(moments)
     exact = error_ball.solve(spectrum, v, 0.0, 2.0**-24).matrix
-    before, after = layer_errors(spectrum, v, exact, [Grid(4)])[0][1:]
-    assert before > 0.9
-    assert after < 0.2
+    assert output_error(spectrum, v, v, Grid(4)) > 0.9
+    assert output_error(spectrum, v, exact, Grid(4)) < 0.2
 
 
 def test_no_output_at_all():
@@ -100,9 +92,3 @@ def test_no_output_at_all():
     zero = torch.zeros_like(v)
     assert output_error(spectrum, zero, zero, Grid(4)) == 0
     assert output_error(spectrum, zero, v, Grid(4)) == math.inf
-
-
-def test_bits_out_of_range_are_refused():
-    _, v, spectrum = case()
-    with pytest.raises(InputError, match="from 2 to 8, found 16"):
-        layer_errors(spectrum, v, v, [Grid(bits) for bits in (8, 16)])

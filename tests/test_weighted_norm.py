@@ -8,7 +8,6 @@ import torch
 from scipy.optimize import brentq
 
 from onnx_optshift.solve import error_ball, min_norm
-from onnx_optshift.solve.objective import solve_layer
 from onnx_optshift.solve.shift import Outcome
 from onnx_optshift.solve.weighted_norm import balanced, measure, solve
 
@@ -163,10 +162,9 @@ def test_balanced_weighs_curvature_and_norm_alike():
 def test_the_objective_is_the_plain_norm_where_there_is_no_metric():
     a, v, m = rows(40, 6), torch.from_numpy(weight()), torch.from_numpy(metric())
     spectrum = cases.spectrum(a)
-    known = {"tolerance": 0.1, "rounding_unit": UNIT}
-    plain = solve_layer(spectrum, v, objective="norm", **known)
-    without = solve_layer(spectrum, v, objective="curvature", **known)
+    plain = cases.solve("norm", spectrum, v, 0.1, unit=UNIT)
+    without = cases.solve("curvature", spectrum, v, 0.1, unit=UNIT)
     assert torch.equal(plain.matrix, without.matrix)
-    weighed = solve_layer(spectrum, v, objective="curvature", metric=measure(spectrum, m), **known)
+    weighed = cases.solve("curvature", spectrum, v, 0.1, unit=UNIT, metric=measure(spectrum, m))
     assert torch.equal(weighed.matrix, solve(measure(spectrum, m), v, 0.1, UNIT).matrix)
     assert not torch.equal(weighed.matrix, plain.matrix)
