@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,10 @@ from onnx_optshift.errors import InputError
 from onnx_optshift.geometry import Tap
 
 Sink = Callable[[Tap, Batch, torch.Tensor], None]
+
+# How far copies of a sample may give other values than the sample, relative to its largest one: rounding, even in half
+# precision and through many layers. Other samples are farther away.
+_COPY_TOLERANCE = 1e-2
 
 
 def stream(
@@ -57,42 +61,61 @@ def stream(
             if value in batch.feeds:
                 activations[value] = as_tensor(batch.feeds[value]).to(session.device.solve)
         for tap in taps:
-            sink(tap, batch, _real(activations[tap.value], tap, batch))
-        done(len(batch.indices))
+            first = tap.inside.loops if tap.inside else 0
+            sink(tap, batch, without_padding(activations[tap.value], batch, first))
+        done(batch.rows)
 
 
 def sample_axis(shape: Sequence[int], size: int, first: int = 0) -> int | None:
-    """The axis along which an activation or output holds its batch's samples; None where there is none to be seen.
+    """The axis that holds a batch's samples; None where none is to be seen. Axes before `first` count iterations."""
+    return next((axis for axis, _ in _sample_layouts(shape, size, first)), None)
+
+
+def without_padding(value: Any, batch: Batch, first: int = 0) -> Any:
+    """An activation or output without what belongs to the copies that only fill a fixed batch dimension.
+
+    Shapes alone do not tell where they are: time may come before the batch, and be a multiple of it. But the copies are
+    copies: along the right axis what they give equals what the last sample gave. A value without such an axis does not
+    depend on the sample, or on all of them at once, and stays whole.
 
     Args:
-        shape: Of the array.
-        size: Samples in the batch, padding included.
+        value: numpy array or torch tensor.
+        batch: What it was computed from.
         first: Axes in front that count iterations of a Loop or Scan.
     """
-    axes = range(first, len(shape))
-    # Exporters also fold further axes into the leading one, samples being the slowest.
-    if len(shape) > first and shape[first] and shape[first] % size == 0:
-        return first
-    return next((axis for axis in axes if shape[axis] == size), None)
-
-
-def _real(activation: torch.Tensor, tap: Tap, batch: Batch) -> torch.Tensor:
-    """The activation without the copies that only fill a fixed batch dimension: they are no data."""
-    count, size = len(batch.indices), len(batch.indices) + batch.padding
-    axis = sample_axis(activation.shape, size, tap.inside.loops if tap.inside else 0)
-    if not batch.padding or axis is None:
-        return activation
-    return activation.narrow(axis, 0, activation.shape[axis] // size * count)
-
-
-def real_outputs(outputs: dict[str, NDArray[Any]], batch: Batch) -> dict[str, NDArray[Any]]:
-    """Outputs of a batch without those of the copies that only fill a fixed batch dimension."""
-    count, size = len(batch.indices), len(batch.indices) + batch.padding
     if not batch.padding:
-        return outputs
-    real = {}
-    for name, value in outputs.items():
-        axis = sample_axis(value.shape, size)
-        kept = slice(None) if axis is None else slice(value.shape[axis] // size * count)
-        real[name] = value[(slice(None),) * (axis or 0) + (kept,)] if value.ndim else value
-    return real
+        return value
+    shape = tuple(value.shape)
+    for axis, outer in _sample_layouts(shape, batch.size, first):
+        before, after = (*shape[:axis], outer), (shape[axis] // (outer * batch.size), *shape[axis + 1 :])
+        split = value.reshape(*before, batch.size, *after)
+        at = (slice(None),) * len(before)
+        if _equal(split[(*at, slice(batch.rows, None))], split[(*at, slice(batch.rows - 1, batch.rows))]):
+            kept = split[(*at, slice(batch.rows))]
+            return kept.reshape(*shape[:axis], shape[axis] // batch.size * batch.rows, *shape[axis + 1 :])
+    return value
+
+
+def real_outputs(outputs: Mapping[str, NDArray[Any]], batch: Batch) -> dict[str, NDArray[Any]]:
+    """Outputs of a batch without those of the copies that only fill a fixed batch dimension."""
+    return {name: without_padding(value, batch) for name, value in outputs.items()}
+
+
+def _sample_layouts(shape: Sequence[int], size: int, first: int) -> Iterator[tuple[int, int]]:
+    """Ways in which an array may hold `size` samples: an axis, and how many times it counts through all of them."""
+    folded = shape[first] // size if len(shape) > first and shape[first] % size == 0 else 0
+    if folded:
+        yield first, 1  # exporters fold further axes into the leading one, samples being the slowest
+    yield from ((axis, 1) for axis in range(first + 1, len(shape)) if shape[axis] == size)
+    if folded > 1:
+        yield first, folded  # or the fastest, as time-major recurrent models have them
+
+
+def _equal(copies: Any, original: Any) -> bool:
+    """Whether values are copies of others, but for the rounding of kernels that treat the edge of a matrix apart."""
+    copies, original = (v.float().cpu().numpy() if isinstance(v, torch.Tensor) else v for v in (copies, original))
+    if copies.dtype.kind not in "fc":
+        return bool((copies == original).all())
+    with np.errstate(invalid="ignore"):
+        scale = np.abs(original, where=np.isfinite(original), out=np.zeros(original.shape)).max(initial=0)
+        return bool(np.isclose(copies, original, rtol=0, atol=_COPY_TOLERANCE * scale, equal_nan=True).all())
