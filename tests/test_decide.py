@@ -6,14 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from onnx_optshift import optimize
 from onnx_optshift.calibration.load import load
-from onnx_optshift.data import input_specs
+from onnx_optshift.commands import shift
+from onnx_optshift.decide import recapture
 from onnx_optshift.decide.recapture import layer_by_layer
 from onnx_optshift.errors import InputError
-from onnx_optshift.layers import Layers
+from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.run.capture import captured
+from onnx_optshift.run.prepare import input_specs, prepare
 from onnx_optshift.settings import Settings
-from onnx_optshift.workbench import open_model, open_workbench
+from onnx_optshift.solve.objective import Norm
 
 MODEL = Path(__file__).parent.parent / "models" / "noisy_mlp"
 
@@ -29,19 +31,23 @@ JUDGE, UNSEEN = npz("heldout.npz", slice(0, 300)), npz("heldout.npz", slice(300,
 
 def run(out=None, heldout=JUDGE, calibration=CALIBRATION, **settings):
     settings.setdefault("device", "cpu")
-    return optimize.run(MODEL / "model.onnx", out, [calibration], [heldout], Settings(**settings))
+    return shift.run(MODEL / "model.onnx", out, [calibration], [heldout], Settings(**settings))
 
 
-@pytest.fixture(name="bench", scope="module")
-def fixture_bench():
-    model, weights, _ = open_model(MODEL / "model.onnx", Settings())
-    return open_workbench(model, weights, Settings(device="cpu"))
+@pytest.fixture(name="prepared", scope="module")
+def fixture_prepared():
+    return prepare(MODEL / "model.onnx", Settings(device="cpu"), [CALIBRATION])
+
+
+@pytest.fixture(name="bench")
+def fixture_bench(prepared):
+    return prepared.bench
 
 
 def top1(bench, arrays, data):
     samples = load([data], input_specs(bench.model))
     right = [
-        outputs["logits"].argmax(axis=1) == batch.labels for batch, outputs, _ in bench.trial_outputs(samples, arrays)
+        outputs["logits"].argmax(axis=1) == batch.labels for batch, outputs, _ in bench.outputs.trial(samples, arrays)
     ]
     return float(np.concatenate(right).mean())
 
@@ -73,7 +79,7 @@ def test_auto_needs_a_judge():
 
 def test_the_tolerance_auto_takes_does_not_hurt_data_that_nobody_showed_it(bench, tmp_path):
     result = run(tmp_path / "out.onnx", tolerance="auto")
-    model, _, _ = open_model(tmp_path / "out.onnx", Settings())
+    model = ModelFile.load(tmp_path / "out.onnx")
     moved = {layer.name: model.initializer(layer.name) for layer in result.report.layers}
     assert top1(bench, moved, UNSEEN) > top1(bench, {}, UNSEEN) + 0.01
 
@@ -107,9 +113,9 @@ def test_equal_held_out_data_is_noticed():
     assert not any("fingerprint" in warning for warning in run().report.warnings)
 
 
-def test_a_layer_solved_for_recaptured_inputs_is_the_least_squares_ball_of_a_slow_reference(bench):
-    samples = load([CALIBRATION], input_specs(bench.model))
-    layers = Layers(bench.weights, bench.collect(samples), bench.model.initializer)
+def test_a_layer_solved_for_recaptured_inputs_is_the_least_squares_ball_of_a_slow_reference(prepared):
+    bench, samples = prepared.bench, prepared.data.calibration
+    layers, _ = captured(prepared, prepared.data, Norm())
     residual = 0.1
     candidate = layer_by_layer(bench, layers, samples, residual)
     first, second = bench.weights[:2]
@@ -139,10 +145,9 @@ def test_a_layer_solved_for_recaptured_inputs_is_the_least_squares_ball_of_a_slo
     assert np.linalg.norm(after @ parallel - target) > 1.05 * np.linalg.norm(after @ w - target)
 
 
-def test_cross_moments_of_captures_equal_the_stacked_rows(bench):
-    samples = load([CALIBRATION], input_specs(bench.model))
-    weight = bench.weights[0]
-    moved, cross = bench.collect_moved(weight, samples, {})
+def test_cross_moments_of_captures_equal_the_stacked_rows(prepared):
+    bench = prepared.bench
+    moved, cross = recapture._capture_moved(bench, bench.weights[0], prepared.data.calibration, {})
     x = torch.from_numpy(CALIBRATION["pixels"].astype(np.float64))
     torch.testing.assert_close(cross[0], x.T @ x)
     torch.testing.assert_close(moved.gram()[0], x.T @ x)

@@ -2,9 +2,14 @@
 
 import numpy as np
 import pytest
+import torch
 
-from onnx_optshift.decide.choose import _groups
+from onnx_optshift.decide import decision
+from onnx_optshift.decide.decision import Grounds, Way, decided
 from onnx_optshift.decide.gate import FEW_SAMPLES, UNLABELLED_DISTANCE, Gate, paired
+from onnx_optshift.prove.floor import Promise
+from onnx_optshift.run.layers import Candidate, Solved
+from onnx_optshift.solve.shift import Outcome, Shift
 
 
 class Batch:
@@ -17,17 +22,19 @@ class Held:
         self.labels = labels
 
 
-class Bench:
-    """Stands in for a workbench: outputs are the original logits plus whatever the trial arrays add to them."""
+class Outputs:
+    """Stands in for a model's runs: outputs are the original logits plus whatever the trial arrays add to them."""
 
     def __init__(self, logits, labels):
         self.logits = logits
         self.batch = Batch(labels, np.arange(len(logits)))
+        self.runs = 0
 
     def reference(self, samples):
         yield self.batch, {"y": self.logits}
 
-    def trial_outputs(self, samples, arrays):
+    def trial(self, samples, arrays):
+        self.runs += 1
         yield self.batch, {"y": self.logits + sum(arrays.values(), 0.0)}, {"y": self.logits}
 
 
@@ -42,7 +49,7 @@ def labelled(n, seed=0):
 def gate(n=200, tolerance=0.0, seed=0, with_labels=True):
     logits, labels = labelled(n, seed)
     labels = labels if with_labels else None
-    return Gate(Bench(logits, labels), Held(labels), tolerance), logits, labelled(n, seed)[1]
+    return Gate(Outputs(logits, labels), Held(labels), tolerance), logits, labelled(n, seed)[1]
 
 
 def test_harm_is_refused_and_help_is_accepted():
@@ -94,11 +101,72 @@ def test_paired_differences_by_hand():
     assert paired(np.ones(1), np.zeros(1)) == (1.0, np.inf)
 
 
-def test_a_group_search_finds_the_harmful_layers_and_keeps_the_rest():
-    judge, logits, labels = gate()
+def test_the_same_weights_are_not_judged_twice():
+    logits, labels = labelled(50)
+    outputs = Outputs(logits, labels)
+    judge = Gate(outputs, Held(labels), 0.0)
+    before = outputs.runs
+    first = judge.judge({"w": 0.1 * logits}, "first", 0.1)
+    assert judge.judge({"w": (0.1 * logits).copy()}, "again", 0.1) == first
+    assert (outputs.runs, len(judge.tried)) == (before + 1, 1)
+    # Negative controls: other content, another name.
+    judge.judge({"w": 0.2 * logits}, "other content", 0.1)
+    judge.judge({"v": 0.1 * logits}, "other name", 0.1)
+    assert (outputs.runs, len(judge.tried)) == (before + 3, 3)
+
+
+def candidate(arrays, residual=0.0):
+    shift = Shift.unchanged(torch.zeros(1, 1, 1), Outcome.SHIFTED)
+    return Candidate({name: Solved(shift, array, residual) for name, array in arrays.items()}, residual)
+
+
+def decide(judge, arrays, **options):
+    """A decision among made-up layers, solved alike for what fits and for what is written."""
+    way = Way("made up", lambda residual: candidate(arrays, residual), lambda residual: candidate(arrays, residual))
+    grounds = Grounds(None, None, None, judge, None, None, 0)
+    return decided(grounds, way, 0.0, Promise(0.0, "noise", None), "exact", **options)
+
+
+def harmful(logits, labels, count=8, bad=(2, 5)):
     harm = np.zeros_like(logits)
     harm[np.arange(len(labels)), labels] = -0.5
-    layers = {f"layer{i}": harm if i in (2, 5) else 1e-3 * logits for i in range(8)}
-    accepted, rejected = _groups(judge, list(layers), lambda names: {n: layers[n] for n in names}, 0.0, "exact")
-    assert sorted(rejected) == ["layer2", "layer5"]
-    assert sorted(accepted) == sorted(set(layers) - set(rejected))
+    return {f"layer{i}": harm if i in bad else (1 + i) * 1e-4 * logits for i in range(count)}
+
+
+def test_a_group_search_finds_the_harmful_layers_and_keeps_the_rest():
+    judge, logits, labels = gate()
+    layers = harmful(logits, labels)
+    found = decide(judge, layers)
+    assert sorted(found.rejected) == ["layer2", "layer5"]
+    assert sorted(found.candidate.arrays) == sorted(set(layers) - set(found.rejected))
+    # The verdict is that of exactly these layers together.
+    assert found.verdict.accepted
+    kept = {name: layers[name] for name in found.candidate.arrays}
+    again, _ = gate()[0].judge(kept, "again", 0.0)
+    assert (found.verdict.loss, found.verdict.mean_difference) == (again.loss, again.mean_difference)
+
+
+def test_where_every_layer_does_harm_none_is_taken():
+    judge, logits, labels = gate()
+    found = decide(judge, harmful(logits, labels, bad=range(8)))
+    assert found.candidate.arrays == {}
+    assert found.verdict is None
+    assert len(found.rejected) == 8
+
+
+def test_a_search_that_is_cut_short_keeps_the_bytes_of_what_it_did_not_reach(monkeypatch):
+    monkeypatch.setattr(decision, "MOST_GROUP_TRIALS", 3)
+    judge, logits, labels = gate()
+    layers = harmful(logits, labels)
+    found = decide(judge, layers)
+    assert set(found.rejected) | set(found.candidate.arrays) == set(layers)
+    assert not set(found.rejected) & set(found.candidate.arrays)
+    assert any("ended after 3 trials" in reason for reason in found.rejected.values())
+
+
+def test_layers_that_may_no_longer_be_taken_are_not():
+    judge, logits, labels = gate()
+    layers = harmful(logits, labels, bad=())
+    found = decide(judge, layers, names=["layer1", "layer3"])
+    assert sorted(found.candidate.arrays) == ["layer1", "layer3"]
+    assert found.verdict.loss == gate()[0].judge({n: layers[n] for n in ("layer1", "layer3")}, "", 0.0)[0].loss

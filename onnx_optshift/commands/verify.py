@@ -67,7 +67,7 @@ def verify(
             layers.survey()
             solved = {w.name: changed_layer(layers, w, b) for w in differing if w.name in layers.facts}
         way = Grounds(bench, layers, layers, None, samples, samples, settings.seed).parallel
-        found = replace(found, layers=layers, decision=Decision(Candidate(solved, 0.0), promise, way))
+        found = replace(found, layers=layers, decision=Decision(Candidate(solved, 0.0, layers.facts), promise, way))
         other = find_calibration(a, baseline, settings) if baseline else None
         pairs = {
             w.name: (layers.matrix(w), as_matrix(b.initializer(w.name), w.form, bench.device.solve)) for w in differing

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from onnx_optshift.decide.decision import Decision, Grounds, decided
 from onnx_optshift.prove.floor import Floor, verification
 from onnx_optshift.report.model import Verification
@@ -22,8 +24,7 @@ def shrunk(grounds: Grounds, decision: Decision, proof: Verification) -> Decisio
         decision.promise,
         "backed off: shifts",
         names=list(decision.candidate.arrays),
-        rejected=decision.rejected,
-        notes=decision.notes,
+        before=decision,
     )
 
 
@@ -48,13 +49,6 @@ def reverted(grounds: Grounds, decision: Decision, floor: Floor) -> Decision:
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if passes(middle) else (middle, high)
-    return decided(
-        grounds,
-        decision.way,
-        candidate.tolerance,
-        promise,
-        "fewer layers",
-        names=order[high:],
-        rejected={**decision.rejected, **dict.fromkeys(order[:high], REVERTED)},
-        notes=decision.notes,
-    )
+    before = replace(decision, rejected={**decision.rejected, **dict.fromkeys(order[:high], REVERTED)})
+    way, left = decision.way, order[high:]
+    return decided(grounds, way, candidate.tolerance, promise, "fewer layers", names=left, before=before)

@@ -18,7 +18,7 @@ from onnx_optshift.decide.share import share_out
 from onnx_optshift.errors import InputError
 from onnx_optshift.prove.floor import Promise
 from onnx_optshift.report.model import Trial
-from onnx_optshift.run.layers import Candidate, Layers
+from onnx_optshift.run.layers import Candidate, Layers, while_held
 from onnx_optshift.settings import Settings
 
 # Backing off halves the layer residual this often before layers are given up one group at a time.
@@ -66,13 +66,16 @@ def within(grounds: Grounds, tolerance: float) -> Decision:
     """
     promise = Promise(tolerance, "tolerance", grounds.samples)
     outputs, samples = grounds.bench.outputs, grounds.samples
+    # All candidates are held until one is taken, so that none of them is solved twice.
     found = [(way, share_out(outputs, samples, way.full, tolerance, grounds.seed)) for way in _ways(grounds)]
+    fits = [way.fit(shared.candidate.tolerance) for way, shared in found]
     notes = [
         f"{way.name}: layer residual {s.candidate.tolerance:.3g}, model deviation {s.deviation:.3g}, "
         f"squared norm {_squared_norm(s.candidate):.4f} of the original"
         for way, s in found
     ]
-    way, residual = _least_loss(grounds, [(way, shared.candidate) for way, shared in found])
+    taken = _least_loss(grounds, [way.name for way, _ in found], fits)
+    way, residual = found[taken][0], fits[taken].tolerance
     notes.append(f"taken: {way.name}")
     decision = decided(grounds, way, residual, promise, "all layers", halvings=HALVINGS, notes=notes)
     if decision.candidate.arrays:
@@ -82,7 +85,7 @@ def within(grounds: Grounds, tolerance: float) -> Decision:
     # Why a layer moved at no residual says more than why it has no exact shift.
     stuck = {name: solved for name, solved in decision.candidate.solved.items() if not solved.moved}
     moved = {name: solved for name, solved in fallback.candidate.solved.items() if solved.moved}
-    candidate = Candidate({**fallback.candidate.solved, **stuck, **moved}, 0.0)
+    candidate = replace(fallback.candidate, solved={**fallback.candidate.solved, **stuck, **moved})
     rejected = {**decision.rejected, **fallback.rejected}
     return replace(fallback, candidate=candidate, notes=tuple(notes), rejected=rejected)
 
@@ -94,28 +97,24 @@ def _ways(grounds: Grounds) -> list[Way]:
         return [grounds.parallel]
 
     def again(layers: Layers, data: Samples) -> Callable[[float], Candidate]:
-        return lambda residual: layer_by_layer(grounds.bench, layers, data, residual)
+        return while_held(lambda residual: layer_by_layer(grounds.bench, layers, data, residual))
 
     on_all = again(full, grounds.samples)
     on_fit = on_all if fit is full else again(fit, grounds.tried_on)
     return [grounds.parallel, Way("layer by layer, against re-captured inputs", on_all, on_fit, separable=False)]
 
 
-def _least_loss(grounds: Grounds, found: Sequence[tuple[Way, Candidate]]) -> tuple[Way, float]:
-    """The way to go, and its layer residual."""
+def _least_loss(grounds: Grounds, names: Sequence[str], fits: Sequence[Candidate]) -> int:
+    """Which of some candidates to take: of least loss on held-out data, else of smallest weights."""
     gate = grounds.gate
-    if gate is not None and len(found) > 1:
-        fits = [way.fit(candidate.tolerance) for way, candidate in found]
-        if all(fit.arrays for fit in fits):
-            # Smaller weights are a means: at equal deviation they were seen to serve held-out data better, and worse.
-            judged = [
-                gate.judge(fit.arrays, f"{way.name}, at residual {fit.tolerance:.3g}", fit.tolerance)[1]
-                for (way, _), fit in zip(found, fits, strict=True)
-            ]
-            least = min(range(len(found)), key=lambda k: float(gate.deciding(judged[k]).mean()))
-            return found[least][0], found[least][1].tolerance
-    way, candidate = min(found, key=lambda entry: _squared_norm(entry[1]))
-    return way, candidate.tolerance
+    if gate is None or len(fits) == 1 or not all(fit.arrays for fit in fits):
+        return min(range(len(fits)), key=lambda k: _squared_norm(fits[k]))
+    # Smaller weights are a means: at equal deviation they were seen to serve held-out data better, and worse.
+    judged = [
+        gate.judge(fit.arrays, f"{name}, at residual {fit.tolerance:.3g}", fit.tolerance)[1]
+        for name, fit in zip(names, fits, strict=True)
+    ]
+    return min(range(len(fits)), key=lambda k: float(gate.deciding(judged[k]).mean()))
 
 
 def _squared_norm(candidate: Candidate) -> float:
@@ -174,7 +173,8 @@ def automatic(grounds: Grounds) -> Decision:
     note = f"auto chose layer residual {chosen:.3g}" if chosen else "auto chose the exact shift"
     if not chosen:
         return replace(exact(grounds), notes=(note,))
-    promise = _measured(grounds, grounds.full.candidate(chosen), grounds.samples)
+    candidate = grounds.full.candidate(chosen)  # held, so that it is not solved again
+    promise = _measured(grounds, candidate, grounds.samples)
     return decided(grounds, grounds.parallel, chosen, promise, "auto", notes=(note,))
 
 
@@ -226,13 +226,12 @@ def stochastic(
     sizes = [size] if size else batch_sizes(len(np.unique(classes)), len(samples), widest)
     generator = np.random.default_rng(grounds.seed)
     found: list[_Draw] = []
-    unmoved: Candidate | None = None
+    candidate = Candidate({}, 0.0)
     for batch_size in sizes:
         for draw in range(DRAWS):
             batch = samples.select(balanced_batch(classes, batch_size, generator))
             candidate = layers_for(batch).candidate(0.0)
             if not candidate.arrays:
-                unmoved = candidate
                 break
             if gate is None:
                 return _drawn(grounds, _Draw(batch_size, candidate, batch, None, None))
@@ -241,11 +240,10 @@ def stochastic(
                 found.append(_Draw(batch_size, candidate, batch, verdict, after))
     if not found or gate is None:
         refused = [trial for trial in gate.tried if not trial.accepted] if gate else []
-        names = [weight.name for weight in grounds.bench.weights]
-        rejected = dict.fromkeys(names, f"gate: every draw was rejected ({refused[-1].reason})") if refused else {}
-        promise = Promise(0.0, "noise", samples)
-        kept = unmoved if unmoved is not None and not refused else Candidate({}, 0.0)
-        return Decision(kept, promise, grounds.parallel, rejected=rejected)
+        moved = list(candidate.arrays)
+        rejected = dict.fromkeys(moved, f"gate: every draw was rejected ({refused[-1].reason})") if refused else {}
+        kept = candidate.only(name for name in candidate.solved if name not in moved)
+        return Decision(kept, Promise(0.0, "noise", samples), grounds.parallel, rejected=rejected)
     best = min(found, key=_loss)
     good = [draw for draw in found if draw is best or _as_good(gate, draw, best)]
     # The smallest batch leaves the most freedom; among its draws the best.

@@ -97,7 +97,7 @@ def decided(
     *,
     halvings: int = 0,
     names: Sequence[str] | None = None,
-    rejected: Mapping[str, str] | None = None,
+    before: Decision | None = None,
     notes: Sequence[str] = (),
 ) -> Decision:
     """All layers if held-out data accepts them together, at this layer residual or halves of it; else those it accepts.
@@ -110,30 +110,34 @@ def decided(
         how: Start of what trials are called in the report.
         halvings: How often the residual is halved before layers are given up.
         names: Layers that may still be taken; all when not given.
-        rejected: Those that were rejected before, with reasons.
+        before: The decision that this one replaces; what it rejected stays rejected.
         notes: Sentences for the report.
     """
+    rejected, notes = (before.rejected, (*before.notes, *notes)) if before else ({}, tuple(notes))
+
+    def found(pair: _Pair, taken: Sequence[str], verdict: Trial | None, refused: Mapping[str, str]) -> Decision:
+        refused = {**rejected, **pair.unjudged, **refused}
+        return Decision(pair.written(taken), promise, pair.way, verdict, refused, notes)
+
+    gate = grounds.gate
     for halving in range(halvings + 1):
         tried = residual / 2**halving
         what = f"{how} at residual {tried:.3g}" if tried else how
         pair = _pair(grounds, way, tried, names)
-        if not pair.moved:
-            return Decision(
-                pair.chosen(()), promise, pair.way, None, {**(rejected or {}), **pair.unjudged}, tuple(notes)
-            )
-        if grounds.gate is None:
-            return Decision(pair.chosen(pair.moved), promise, pair.way, None, dict(rejected or {}), tuple(notes))
-        verdict, _ = grounds.gate.judge(pair.trial.only(pair.moved).arrays, what, tried)
+        if not pair.moved or gate is None:
+            return found(pair, pair.moved, None, {})
+        verdict, _ = gate.judge(pair.trial.only(pair.moved).arrays, what, tried)
         if verdict.accepted:
-            refused = {**(rejected or {}), **pair.unjudged}
-            return Decision(pair.chosen(pair.moved), promise, pair.way, verdict, refused, tuple(notes))
-    parallel = _pair(grounds, way if way.separable else grounds.parallel, tried, names)
-    return _of_groups(grounds.gate, parallel, verdict, promise, what, rejected or {}, notes)
+            return found(pair, pair.moved, verdict, {})
+    assert gate is not None
+    # One layer's correction for another makes no sense without that other.
+    pair = _pair(grounds, way if way.separable else grounds.parallel, tried, names)
+    return found(pair, *_of_groups(gate, pair, what))
 
 
 @dataclass(frozen=True)
 class _Pair:
-    """A candidate that could be written, and its twin that held-out data can judge.
+    """A candidate that could be written, and its twin on the samples that settings are tried on, which can be judged.
 
     Attributes:
         way: How they were solved.
@@ -149,7 +153,7 @@ class _Pair:
     moved: tuple[str, ...]
     unjudged: Mapping[str, str]
 
-    def chosen(self, names: Sequence[str]) -> Candidate:
+    def written(self, names: Sequence[str]) -> Candidate:
         """The candidate with these shifts only, and with all layers that do not move anyway."""
         unmoved = [name for name, solved in self.candidate.solved.items() if not solved.moved]
         return self.candidate.only([*names, *unmoved])
@@ -157,51 +161,38 @@ class _Pair:
 
 def _pair(grounds: Grounds, way: Way, residual: float, names: Sequence[str] | None) -> _Pair:
     candidate = way.full(residual)
-    trial = candidate if way.full == way.fit else way.fit(residual)
     wanted = [name for name in candidate.arrays if names is None or name in names]
     if len(wanted) < len(candidate.arrays) and not way.separable:
         return _pair(grounds, grounds.parallel, residual, names)
+    trial = candidate if way.full == way.fit else way.fit(residual)
     moved = tuple(name for name in wanted if name in trial.arrays)
     unjudged = dict.fromkeys((name for name in wanted if name not in moved), UNJUDGED)
     return _Pair(way, candidate, trial, moved, unjudged)
 
 
-def _of_groups(
-    gate: Gate | None,
-    pair: _Pair,
-    refusal: Trial,
-    promise: Promise,
-    how: str,
-    before: Mapping[str, str],
-    notes: Sequence[str],
-) -> Decision:
-    """Layers that the gate accepts, found by halving refused groups; each is tried on top of those accepted before."""
-    assert gate is not None
-    rejected = {**before, **pair.unjudged}
+def _of_groups(gate: Gate, pair: _Pair, how: str) -> tuple[list[str], Trial | None, dict[str, str]]:
+    """Layers that the gate accepts, their verdict, and reasons for the others, by halving refused groups.
+
+    Each group is tried on top of those accepted before.
+    """
+    rejected: dict[str, str] = {}
     accepted: list[str] = []
     verdict: Trial | None = None
-    groups = _halves(pair.moved)
-    if not groups:
-        rejected |= dict.fromkeys(pair.moved, f"gate: {refusal.reason}")
+    groups: list[Sequence[str]] = [pair.moved] if pair.moved else []
     for _ in range(MOST_GROUP_TRIALS):
         if not groups:
             break
         group = groups.pop()
         what = f"{how}: {group[0]}" if len(group) == 1 else f"{how}: {len(group)} layers from {group[0]}"
-        found, _ = gate.judge(pair.trial.only([*accepted, *group]).arrays, what, pair.candidate.tolerance)
-        if found.accepted:
+        trial, _ = gate.judge(pair.trial.only([*accepted, *group]).arrays, what, pair.trial.tolerance)
+        if trial.accepted:
             accepted += group
-            verdict = found
+            verdict = trial
         elif len(group) == 1:
-            rejected[group[0]] = f"gate: {found.reason}"
+            rejected[group[0]] = f"gate: {trial.reason}"
         else:
-            groups += _halves(group)
+            middle = len(group) // 2
+            groups += [group[middle:], group[:middle]]
     for group in groups:
         rejected |= dict.fromkeys(group, f"the gate's search ended after {MOST_GROUP_TRIALS} trials")
-    return Decision(pair.chosen(accepted), promise, pair.way, verdict, rejected, tuple(notes))
-
-
-def _halves(names: Sequence[str]) -> list[Sequence[str]]:
-    """Both halves of a group, the first one last: it is taken first. A single name has none."""
-    middle = len(names) // 2
-    return [names[middle:], names[:middle]] if middle else []
+    return accepted, verdict, rejected

@@ -16,6 +16,7 @@ tolerance that was granted on the calibration data if that is more.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -87,6 +88,7 @@ class Gate:
         self._samples = samples
         self._quantizer = quantizer
         self.tried: list[Trial] = []
+        self._known: dict[str, tuple[Trial, Judged]] = {}
         self.loss = self._loss()
         self.allowed_distance = max(UNLABELLED_DISTANCE, 2 * tolerance)
         self._granted = 2 * tolerance
@@ -127,11 +129,20 @@ class Gate:
     def judge(self, arrays: Arrays, what: str, tolerance: float) -> tuple[Trial, Judged]:
         """Runs one candidate, compares it with the original, and records the trial.
 
+        A verdict belongs to the content of the weights: the same again, by whatever name, is not run a second time.
+
         Args:
             arrays: Trial weights.
             what: What was tried, for the report.
             tolerance: Residual that each layer was allowed, for the report.
         """
+        content = _digest(arrays)
+        if content not in self._known:
+            self._known[content] = self._judge(arrays, what, tolerance)
+            self.tried.append(self._known[content][0])
+        return self._known[content]
+
+    def _judge(self, arrays: Arrays, what: str, tolerance: float) -> tuple[Trial, Judged]:
         after = self.run(arrays)
         mean, error = paired(after.losses, self.before.losses)
         reason = self._objection(after, mean, error)
@@ -147,7 +158,6 @@ class Gate:
             reason=reason or self._approval(after),
             quantized=self.quantized(after),
         )
-        self.tried.append(trial)
         return trial, after
 
     def quantized(self, after: Judged) -> tuple[QuantizedScore, ...]:
@@ -189,6 +199,15 @@ class Gate:
                 rule = f"fewer than {FEW_SAMPLES} samples" if few else f"{TOP1_ERRORS:g} standard errors"
                 return f"held-out top-1 falls by {100 * drop:.2f} points, more than {100 * points:.2f} ({rule})"
         return ""
+
+
+def _digest(arrays: Arrays) -> str:
+    """Of names and content."""
+    found = hashlib.blake2b()
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name!r} {array.dtype} {array.shape} ".encode())
+        found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return found.hexdigest()
 
 
 def _rows(batch: Batch) -> int:

@@ -62,7 +62,7 @@ def layer_by_layer(bench: Bench, layers: Layers, samples: Samples, residual: flo
             solved[weight.name] = layers.solve(weight, residual)
             continue
         solved[weight.name] = _solve(bench, layers, samples, weight, residual, arrays)
-    return Candidate(solved, residual)
+    return Candidate(solved, residual, layers.facts)
 
 
 def _solve(bench: Bench, layers: Layers, samples: Samples, weight: Weight, residual: float, arrays: Arrays) -> Solved:

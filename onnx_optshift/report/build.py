@@ -149,7 +149,7 @@ def layer_report(weight: Weight, findings: Findings) -> LayerReport:
     )
     if layers is None or decision is None:
         return common
-    solved, facts = decision.candidate.solved.get(weight.name), layers.facts.get(weight.name)
+    solved, facts = decision.candidate.solved.get(weight.name), decision.candidate.facts.get(weight.name)
     status, reason = _end(weight.name, solved, findings)
     known = replace(common, status=status, reason=reason, rows=sum(layers.store.rows(use.tap) for use in weight.uses))
     if facts is None:
@@ -221,7 +221,7 @@ def _weighed(findings: Findings) -> tuple[str, ...]:
     if decision is None or layers is None or not layers.objective.needs_slopes:
         return ()
     moved = [(name, solved) for name, solved in decision.candidate.solved.items() if solved.moved and not solved.note]
-    ratios = [_ratio(layers.facts[name], solved) for name, solved in moved]
+    ratios = [_ratio(decision.candidate.facts[name], solved) for name, solved in moved]
     mean = sum(ratios) / max(1, len(ratios))
     return (f"curvature: tr(WᵀMW) {mean:.3g} of the original's, mean over {len(ratios)} weights",) if ratios else ()
 
@@ -232,7 +232,7 @@ def _quantization(findings: Findings) -> tuple[QuantizationError, ...] | None:
     if not findings.prepared.settings.quantization_bits or layers is None or decision is None:
         return None
     found = []
-    for name, facts in layers.facts.items():
+    for name, facts in decision.candidate.facts.items():
         solved = decision.candidate.solved.get(name)
         after = solved.rounding if solved is not None and solved.moved else facts.rounding
         found += [QuantizationError(name, grid.bits, facts.rounding[grid], after[grid]) for grid in facts.rounding]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -89,17 +90,19 @@ class Solved:
         return self.array is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Candidate:
     """A set of shifts that could be written.
 
     Attributes:
         solved: By initializer name.
         tolerance: The residual that each layer was allowed.
+        facts: What is known of the layers that were looked at, by initializer name.
     """
 
     solved: Mapping[str, Solved]
     tolerance: float
+    facts: Mapping[str, LayerFacts] = field(default_factory=dict)
 
     @property
     def arrays(self) -> Arrays:
@@ -109,7 +112,20 @@ class Candidate:
     def only(self, names: Iterable[str]) -> Candidate:
         """The same shifts, but only of these initializers; the rest keep their bytes."""
         chosen = set(names)
-        return Candidate({name: solved for name, solved in self.solved.items() if name in chosen}, self.tolerance)
+        return replace(self, solved={name: solved for name, solved in self.solved.items() if name in chosen})
+
+
+def while_held(solve: Callable[[float], Candidate]) -> Callable[[float], Candidate]:
+    """The same, but what somebody still holds is not solved again."""
+    alive: WeakValueDictionary[float, Candidate] = WeakValueDictionary()
+
+    def solved(tolerance: float) -> Candidate:
+        found = alive.get(tolerance)
+        if found is None:
+            found = alive[tolerance] = solve(tolerance)
+        return found
+
+    return solved
 
 
 class Layers:
@@ -129,6 +145,7 @@ class Layers:
         keep: Where new contents of initializers go; as they are, in memory, when not given.
 
     Attributes:
+        candidate: Shifts of all weights at one residual tolerance per layer, wave by wave.
         facts: What is known of each layer that was looked at, by initializer name.
     """
 
@@ -156,16 +173,14 @@ class Layers:
         # Of the wave that is held. (moments it was made from, factorization): moments captured anew make it stale.
         self._spectra: dict[tuple[Tap, ...], tuple[InputMoments, Spectrum]] = {}
         self._metrics: dict[tuple[Tap, ...], tuple[Metric | None, str]] = {}
+        self.candidate = while_held(self._candidate)
         # Solutions that had an objection: the search for a tolerance comes back to the same residuals.
         self._objections: dict[tuple[str, float], Solved] = {}
 
-    def candidate(self, tolerance: float, names: Iterable[str] | None = None) -> Candidate:
-        """Shifts of all weights, or of those named, at one residual tolerance per layer; wave by wave."""
-        chosen = set(self.weights if names is None else names)
-        wanted = [weight for name, weight in self.weights.items() if name in chosen]
-        by_wave = sorted(wanted, key=lambda weight: self._wave(weight))
+    def _candidate(self, tolerance: float) -> Candidate:
+        by_wave = sorted(self.weights.values(), key=self._wave)
         solved = {weight.name: self.solve(weight, tolerance) for weight in by_wave}
-        return Candidate({weight.name: solved[weight.name] for weight in wanted}, tolerance)
+        return Candidate({name: solved[name] for name in self.weights}, tolerance, self.facts)
 
     def survey(self) -> Mapping[str, LayerFacts]:
         """Looks at every layer, wave by wave, without solving; what it finds is in `facts`."""
