@@ -1,10 +1,13 @@
 """The measuring tools notice what they are there to notice."""
 
 import importlib.util
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -111,17 +114,20 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_fuzz_finds_each_fault(fault, tmp_path):
+def fuzz_command(tmp_path, fault, *options):
+    """Of a fuzz run, in the folder, of a command line that has a fault on every mutated model."""
     shutil.copy(DIGITS / "model.onnx", tmp_path / "in.onnx")
     source = textwrap.dedent(FAKE).replace("ORIGINAL", repr(str(tmp_path / "in.onnx"))).replace("FAULT", fault)
     (tmp_path / "fake_cli.py").write_text(source)
     command = [sys.executable, str(ROOT / "tools" / "fuzz.py"), "in.onnx", str(DIGITS / "heldout.npz")]
+    return [*command, "--data", "0", "--workers", "1", "--save", "found", "--entry", "fake_cli:main", *options]
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_fuzz_finds_each_fault(fault, tmp_path):
     timeout = "3" if FAULTS[fault] == "timeout" else "30"
-    counts = ["--models", "1", "--data", "0", "--workers", "1", "--timeout", timeout, "--save", "found"]
-    run = subprocess.run(
-        [*command, *counts, "--entry", "fake_cli:main"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    command = fuzz_command(tmp_path, fault, "--models", "1", "--timeout", timeout)
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert not run.stderr
     expected = FAULTS[fault]
     assert run.returncode == (expected is not None), run.stdout
@@ -131,6 +137,44 @@ def test_fuzz_finds_each_fault(fault, tmp_path):
         saved = tmp_path / "found" / "model-0-flip_bits"
         assert (saved / "model.onnx").read_bytes() != (tmp_path / "in.onnx").read_bytes()
         assert "python -m onnx_optshift" in (saved / "finding.txt").read_text()
+
+
+SLOW_FAULT, HANGS = "time.sleep(0.2); raise KeyError('boom')", "Path('under-way').touch(); time.sleep(60)"
+
+
+def test_fuzz_prints_what_it_found_when_its_budget_has_run_out(tmp_path):
+    command = fuzz_command(tmp_path, SLOW_FAULT, "--models", "100000", "--seconds", "5")
+    start = time.monotonic()
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert 5 <= time.monotonic() - start < 15
+    assert (run.returncode, run.stderr) == (1, "")
+    found = int(re.search(r"  traceback x(\d+): KeyError", run.stdout)[1])
+    assert f"stopped, the budget of 5 s ran out: {1 + found} of 100001 cases had ended" in run.stdout
+
+
+def test_fuzz_does_not_count_a_case_that_its_budget_cuts_short(tmp_path):
+    command = fuzz_command(tmp_path, HANGS, "--models", "1", "--seconds", "5")
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30)
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "stopped, the budget of 5 s ran out: 1 of 2 cases had ended" in run.stdout
+    assert "timeout: 0" in run.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("fault", "begun"), [(SLOW_FAULT, "found/model-1-*/finding.txt"), (HANGS, "under-way")])
+def test_fuzz_prints_what_it_found_when_it_is_stopped(number, fault, begun, tmp_path):
+    command = fuzz_command(tmp_path, fault, "--models", "100000", "--seconds", "600")
+    run = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 30
+    while time.monotonic() < end and not any(tmp_path.glob(begun)):
+        time.sleep(0.1)
+    run.send_signal(number)
+    output, errors = run.communicate(timeout=20)
+    finds = fault == SLOW_FAULT
+    assert not errors
+    assert ("  traceback x" in output) == finds
+    assert f"stopped, {number.name}: " in output
+    assert run.returncode == (1 if finds else 128 + number)
 
 
 def test_fuzz_refuses_a_pair_that_fails_unmutated(tmp_path):

@@ -1,30 +1,34 @@
 """Feeds mutated models and mutated data to the command line, and counts what must not happen.
 
-    python tools/fuzz.py MODEL CALIB --models 100 --data 100 --seed 0 --workers 2 [--save FOLDER] [-- OPTION ...]
+    python tools/fuzz.py MODEL CALIB --models 100 --data 100 --seconds 300 --seed 0 --workers 2 [-- OPTION ...]
 
 Every mutated input must end in a documented exit status with a message, without a traceback, a crash, a hang or
 files left behind; where it is still a valid input, OUT must load. Workers import the package once and call its
 `cli.main` for each case; one that dies or hangs is replaced and its case counted. Findings are saved with the
-command line that repeats them. Exit status 1 if there is any.
+command line that repeats them. When the budget of seconds has run out, or on SIGINT or SIGTERM, the cases under way are
+dropped and what was found until then is printed. Exit status 1 if anything was found, 128 + the signal's number if
+nothing was found before one came.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import hashlib
 import importlib
 import json
 import os
-import queue
 import resource
 import select
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -84,27 +88,78 @@ def work(entry: str, limit_gb: float) -> None:
             print(json.dumps([code, output[-20_000:], uncaught, unloadable]), file=answers, flush=True)
 
 
+class Stopped(Exception):
+    """The budget ran out, or a signal came, before a case had ended."""
+
+
+class Stop:
+    """Tells all threads to stop: when so many seconds have passed, or on SIGINT or SIGTERM.
+
+    Attributes:
+        reason: Why it is over; empty while it is not.
+        signal: The number of the signal; 0 without one.
+        bell: A descriptor that becomes readable when a signal comes.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.signal = 0
+        self.bell, self._ring = os.pipe()
+        self._seconds = seconds
+        self._end = time.monotonic() + seconds
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._caught)
+
+    def _caught(self, number: int, _: object) -> None:
+        self.signal = number
+        os.write(self._ring, b"!")
+
+    @property
+    def left(self) -> float:
+        """Seconds of the budget that are left."""
+        return max(0.0, self._end - time.monotonic())
+
+    @property
+    def reason(self) -> str:
+        """Why it is over; empty while it is not."""
+        if self.signal:
+            return signal.Signals(self.signal).name
+        return "" if self.left else f"the budget of {self._seconds:g} s ran out"
+
+
 class Worker:
     """A worker process, started when first needed and again after it died."""
 
-    def __init__(self, entry: str, limit_gb: float, timeout: float, scratch: Path) -> None:
+    def __init__(self, entry: str, limit_gb: float, timeout: float, scratch: Path, stop: Stop) -> None:
         self.command = [sys.executable, __file__, "--work", entry, "--limit-gb", str(limit_gb)]
-        self.timeout, self.scratch = timeout, scratch
+        self.timeout, self.scratch, self.over = timeout, scratch, stop
         self.process: subprocess.Popen[str] | None = None
         scratch.mkdir()
 
     def ask(self, argv: list[str]) -> list[object] | str:
-        """The worker's answer; or, as text, how it ended without one."""
+        """The worker's answer; or, as text, how it ended without one.
+
+        Raises:
+            Stopped: There is no time left for an answer.
+        """
         if self.process is None:
             environment = os.environ | {"TMPDIR": str(self.scratch)}
             self.process = subprocess.Popen(
-                self.command, text=True, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+                self.command,
+                text=True,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                start_new_session=True,  # an interrupt of the terminal is for us, and no finding
             )
         stdin, stdout = self.process.stdin, self.process.stdout
         try:
             print(json.dumps(argv), file=stdin, flush=True)
-            if not select.select([stdout], [], [], self.timeout)[0]:
+            left = self.over.left
+            ready, _, _ = select.select([stdout, self.over.bell], [], [], min(self.timeout, left))
+            if stdout not in ready:
                 self.stop()
+                if ready or left < self.timeout:
+                    raise Stopped
                 return "timeout"
             if line := stdout.readline():
                 return json.loads(line)
@@ -117,7 +172,8 @@ class Worker:
     def stop(self) -> None:
         """Ends the process."""
         if self.process is not None:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # and whatever it has started
             self.process.communicate()
             self.process = None
 
@@ -185,10 +241,12 @@ def run_case(case: Case, worker: Worker, options: list[str], tally: Tally, save:
         (folder / "data.npz").write_bytes(case.data)
         before = digests(folder)
         files = [str(folder / file) for file in ("model.onnx", "out.onnx", "data.npz")]
-        answer = worker.ask([*files[:2], "--calib", files[2], *options])
-        found = list(judge(answer, folder, worker.scratch, before))
-        for left in worker.scratch.iterdir():
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        try:
+            answer = worker.ask([*files[:2], "--calib", files[2], *options])
+            found = list(judge(answer, folder, worker.scratch, before))
+        finally:
+            for left in worker.scratch.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         if found:
             kept = save / case.label.replace("/", "_")
             kept.mkdir(parents=True, exist_ok=True)
@@ -217,29 +275,35 @@ def report(tally: Tally, save: Path, out: IO[str]) -> None:
 
 
 def fuzz(args: argparse.Namespace) -> int:
-    """Runs the control and all cases; the exit status."""
+    """Runs the control and all cases that there is time for; the exit status."""
     model, data = args.model.read_bytes(), args.calibration.read_bytes()
     save = args.save or Path(tempfile.mkdtemp(prefix="fuzz-findings-"))
-    tally, jobs = Tally(), queue.SimpleQueue()
-    with tempfile.TemporaryDirectory(prefix="fuzz-workers-") as name:
-        workers = [Worker(args.entry, args.limit_gb, args.timeout, Path(name) / str(k)) for k in range(args.workers)]
+    tally, stop, broken = Tally(), Stop(args.seconds), []
+    waiting = cases(model, data, {"model": args.models, "data": args.data}, args.seed)
+
+    def drain(worker: Worker) -> None:
         try:
-            run_case(Case("unmutated", model, data), workers[0], args.options, tally, save)
-            if tally.findings or tally.codes != {0: 1}:
+            while not stop.reason:
+                with tally.lock:
+                    case = next(waiting, None)
+                if case is None:
+                    return
+                run_case(case, worker, args.options, tally, save)
+        except Stopped:
+            pass
+        except BaseException:  # its case went with it
+            broken.append(traceback.format_exc())
+
+    with tempfile.TemporaryDirectory(prefix="fuzz-workers-") as name:
+        settings = (args.entry, args.limit_gb, args.timeout)
+        workers = [Worker(*settings, Path(name) / str(k), stop) for k in range(args.workers)]
+        try:
+            with contextlib.suppress(Stopped):
+                run_case(Case("unmutated", model, data), workers[0], args.options, tally, save)
+            if not stop.reason and (tally.findings or tally.codes != {0: 1}):
                 print("The unmutated pair does not pass; mutations of it would say nothing.")
                 report(tally, save, sys.stdout)
                 return 1
-            for case in cases(model, data, {"model": args.models, "data": args.data}, args.seed):
-                jobs.put(case)
-
-            def drain(worker: Worker) -> None:
-                while True:
-                    try:
-                        case = jobs.get_nowait()
-                    except queue.Empty:
-                        return
-                    run_case(case, worker, args.options, tally, save)
-
             threads = [threading.Thread(target=drain, args=(worker,)) for worker in workers]
             for thread in threads:
                 thread.start()
@@ -249,8 +313,12 @@ def fuzz(args: argparse.Namespace) -> int:
             for worker in workers:
                 worker.stop()
     report(tally, save, sys.stdout)
-    # A thread that died took its case with it.
-    return int(bool(tally.findings) or tally.runs != 1 + args.models + args.data)
+    if stop.reason:
+        print(f"stopped, {stop.reason}: {tally.runs} of {1 + args.models + args.data} cases had ended")
+    print(*broken, sep="", end="")
+    if tally.findings or broken:
+        return 1
+    return 128 + stop.signal if stop.signal else 0
 
 
 def main() -> None:
@@ -262,6 +330,7 @@ def main() -> None:
     parser.add_argument("calibration", type=Path, nargs="?", metavar="CALIB")
     parser.add_argument("--models", type=int, default=100, help="number of mutated models")
     parser.add_argument("--data", type=int, default=100, help="number of mutated calibration files")
+    parser.add_argument("--seconds", type=float, default=300.0, help="for all cases together (default 300; inf: none)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for one case, a worker's start included")
