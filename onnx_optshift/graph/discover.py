@@ -20,6 +20,7 @@ from onnx_optshift.graph.bodies import LOOPS, can_expose
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.operators import QUANTIZED, operator_of
 from onnx_optshift.graph.passthrough import QUANTIZATION, constant_integers, passed_through
+from onnx_optshift.graph.scopes import place
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.graph.tensors import FLOAT_TYPES, type_name
 from onnx_optshift.graph.weights import Match, Skip, Weight, attribute, display_name, domain_of
@@ -29,15 +30,22 @@ _SHAPE_ONLY: Final = frozenset({"Shape", "Size"})
 
 
 @dataclass(frozen=True)
+class _State:
+    """A constant on its way to its readers."""
+
+    form: WeightForm
+    quantized: bool
+    element_type: int  # as it arrives, behind casts
+
+
+@dataclass(frozen=True)
 class _Reading:
     """One place where a constant arrives: a node's operand, or (without a node) something else that reads it."""
 
     reader: str
     node: gs.Node | None
     operand: int
-    form: WeightForm
-    quantized: bool
-    element_type: int  # as it arrives, behind casts
+    state: _State
 
 
 def discover(model: ModelFile, selection: Selection) -> tuple[list[Weight], list[Skip]]:
@@ -63,7 +71,6 @@ class _Finder:
         self._model = model
         self._scopes = model.scopes
         self._values = self._scopes.values()
-        self._outputs = {id(value) for value in model.scopes.graph.outputs}
         self._integers = partial(constant_integers, model.tensors)
         self._position = {id(node): index for index, node in enumerate(self._scopes.nodes)}
         self._reached: set[tuple[int, int]] = set()  # (id of a linear node, operand)
@@ -71,10 +78,10 @@ class _Finder:
     def named(self) -> Iterator[tuple[int, Weight | Skip]]:
         """Every constant that a linear layer multiplies with, and where the first such layer is."""
         for name, tensor in self._model.tensors.items():
-            value = self._values.get(name)
-            if value is None or any(dim < 0 for dim in tensor.dims):
+            value, shape = self._values.get(name), tuple(tensor.dims)
+            if value is None or any(dim < 0 for dim in shape):
                 continue
-            readings = list(self._readings(value, WeightForm(tuple(tensor.dims)), tensor.data_type))
+            readings = list(self._readings(value, _State(WeightForm(shape), False, tensor.data_type)))
             layers = [(r.node, r.operand) for r in readings if r.node and self._multiplies(r.node, r.operand)]
             if not layers:
                 continue
@@ -85,116 +92,109 @@ class _Finder:
             if isinstance(match, str):
                 yield position, Skip(name, display_name(first), first.op, match)
             else:
-                yield position, Weight(name, type_name(tensor), tuple(tensor.dims), match.form, match.uses)
+                yield position, Weight(name, type_name(tensor), shape, match.form, match.uses)
 
     def unnamed(self) -> Iterator[tuple[int, Skip]]:
         """Linear layers whose weight is constant, but no tensor that can be patched. Comes after `named`."""
         for node in self._scopes.nodes:
             operator = operator_of(node)
             for operand in operator.operands if operator else ():
-                value = node.inputs[operand] if operand < len(node.inputs) else None
-                if value is None or not value.name or not self._scopes.is_constant(value):
-                    continue
                 if (id(node), operand) in self._reached or not self._multiplies(node, operand):
                     continue
-                producer = value.inputs[0] if value.inputs else None
-                if id(node) not in self._scopes.owners:
-                    reason = f"inside {self._scopes.body_of[id(node)]}, which cannot be inlined"
-                elif producer is None or (producer.op == "Constant" and not producer.attrs):
-                    reason = "its weight is stored sparse"
-                elif producer.op == "Constant" and "value" in producer.attrs:
-                    reason = "its weight is a constant inside a function, which has it for all its calls"
-                elif producer.op == "Constant":
-                    reason = f"its weight is a list of numbers in Constant node {display_name(producer)!r}, no tensor"
-                else:
-                    by = f"{producer.op} node {display_name(producer)!r}"
-                    reason = f"its weight is computed from constants by {by}; fold constants first"
-                name = None if producer is not None else str(value.name)
-                yield self._position[id(node)], Skip(name, display_name(node), node.op, reason)
+                value = node.inputs[operand] if operand < len(node.inputs) else None
+                if value is not None and value.name and self._scopes.is_constant(value):
+                    name = None if value.inputs else str(value.name)
+                    skip = Skip(name, display_name(node), node.op, self._why_unnamed(node, value))
+                    yield self._position[id(node)], skip
+
+    def _why_unnamed(self, node: gs.Node, value: gs.Tensor) -> str:
+        producer = value.inputs[0] if value.inputs else None
+        if self._scopes.in_function(node):
+            return f"inside {place(self._scopes.owners(node))}, which cannot be inlined"
+        if producer is None or (producer.op == "Constant" and not producer.attrs):
+            return "its weight is stored sparse"
+        if producer.op != "Constant":
+            by = f"{producer.op} node {display_name(producer)!r}"
+            return f"its weight is computed from constants by {by}; fold constants first"
+        if "value" in producer.attrs:
+            return "its weight is a constant inside a function, which has it for all its calls"
+        return f"its weight is a list of numbers in Constant node {display_name(producer)!r}, no tensor"
 
     def _judge(self, tensor: onnx.TensorProto, readings: Sequence[_Reading], first: gs.Node) -> Match | str:
         """The one form and all uses of a constant, or why it must stay."""
-        shape = tuple(tensor.dims)
         operator = operator_of(first)
         floating = tensor.data_type in FLOAT_TYPES
         by_operator = operator is not None and operator.reason == QUANTIZED and not floating
-        if by_operator or any(reading.quantized for reading in readings):
+        if by_operator or any(reading.state.quantized for reading in readings):
             return f"{QUANTIZED} ({type_name(tensor)})"
         if not floating:
             return f"its type is {type_name(tensor)}, not a floating type"
-        if 0 in shape:
-            return f"its shape {list(shape)} is empty"
+        if 0 in tensor.dims:
+            return f"its shape {list(tensor.dims)} is empty"
         matches: list[Match] = []
         for reading in readings:
             match = self._match(reading)
             if isinstance(match, str):
                 return match
             matches.append(match)
-        form = matches[0].form
-        for match in matches:
-            if match.form != form:
-                one, two = matches[0].uses[0], match.uses[0]
-                return (
-                    f"{one.op_type} node {one.node!r} and {two.op_type} node {two.node!r} read it as different matrices"
-                )
+        form, one = matches[0].form, matches[0].uses[0]
+        other = next((match.uses[0] for match in matches if match.form != form), None)
+        if other is not None:
+            return (
+                f"{one.op_type} node {one.node!r} and {other.op_type} node {other.node!r} read it as different matrices"
+            )
         return Match(tuple(use for match in matches for use in match.uses), form)
 
     def _match(self, reading: _Reading) -> Match | str:
+        """The match of one reading, its inputs with their places, or why there is none."""
         node = reading.node
         operator = operator_of(node) if node and self._multiplies(node, reading.operand) else None
         if operator is None:
             return f"also read by {reading.reader}"
-        match = operator.match(node, reading.operand, reading.form)
-        return self._within_reach(match, node, reading.element_type) if isinstance(match, Match) else match
-
-    def _within_reach(self, match: Match, node: gs.Node, element_type: int) -> Match | str:
-        """The match with the place of each input that is in a body, or why that cannot be handed out."""
-        if id(node) not in self._scopes.owners:
-            return f"inside {self._scopes.body_of[id(node)]}, which cannot be inlined"
+        match = operator.match(node, reading.operand, reading.state.form)
+        if isinstance(match, str):
+            return match
+        around = self._scopes.owners(node)
+        if self._scopes.in_function(node):
+            return f"inside {place(around)}, which cannot be inlined"
         uses = []
         for use in match.uses:
-            owners = self._scopes.owners_of(self._values[use.tap.value])
-            for owner in owners:
-                if not can_expose(owner.op, domain_of(owner), self._model.opset):
-                    return f"inside {self._scopes.body_of[id(node)]}: {owner.op} does not hand out what flows there"
-            tap = use.tap
+            owners, tap = self._scopes.owners(self._values[use.tap.value]), use.tap
+            closed = [owner for owner in owners if not can_expose(owner.op, domain_of(owner), self._model.opset)]
+            if closed:
+                return f"inside {place(around)}: {closed[0].op} does not hand out what flows there"
             if owners:
                 loops = sum(owner.op in LOOPS for owner in owners)
-                tap = replace(tap, value=f"{tap.value}@inside", inside=Inside(tap.value, element_type, loops))
+                inside = Inside(tap.value, reading.state.element_type, loops)
+                tap = replace(tap, value=f"{tap.value}@inside", inside=inside)
             uses.append(replace(use, tap=tap))
         return replace(match, uses=tuple(uses))
 
-    def _readings(self, value: gs.Tensor, form: WeightForm, element_type: int) -> Iterator[_Reading]:
+    def _readings(self, value: gs.Tensor, state: _State) -> Iterator[_Reading]:
         """All ends of the ways that a constant takes through nodes that only rearrange it."""
-        todo: list[tuple[gs.Tensor, WeightForm, bool, int]] = [(value, form, False, element_type)]
-        visited: set[tuple[int, WeightForm, bool, int]] = set()  # functions may call each other in any way
+        todo = [(value, state)]
+        visited: set[tuple[int, _State]] = set()  # functions may call each other in any way
         while todo:
-            value, form, quantized, element_type = todo.pop()
-            if (id(value), form, quantized, element_type) in visited:
+            value, state = todo.pop()
+            if (id(value), state) in visited:
                 continue
-            visited.add((id(value), form, quantized, element_type))
-            if id(value) in self._outputs:
-                yield _Reading(f"the graph output {value.name!r}", None, 0, form, quantized, element_type)
+            visited.add((id(value), state))
             if value.name in self._scopes.leaked:
-                yield _Reading(self._scopes.leaked[value.name], None, 0, form, quantized, element_type)
-            consumers = {id(node): node for node in value.outputs}  # listed once for every operand that reads it
-            for node in consumers.values():
+                yield _Reading(self._scopes.leaked[value.name], None, 0, state)
+            for node, operand in self._scopes.readers[id(value)]:
                 if node.op in _SHAPE_ONLY and not domain_of(node):
                     continue
-                place = self._scopes.body_of.get(id(node))
-                reader = f"{node.op} node {display_name(node)!r}" + (f" inside {place}" if place else "")
-                for operand, read in enumerate(node.inputs):
-                    if read is not value:
-                        continue
-                    function = self._scopes.function_inputs.get((domain_of(node), node.op), [])
-                    behind = passed_through(node, operand, form, self._integers)
-                    if operand < len(function):
-                        todo.append((function[operand], form, quantized, element_type))
-                    elif behind is not None:
-                        kind = attribute(node, "to", element_type) if node.op == "Cast" else element_type
-                        todo.append((node.outputs[0], behind, quantized or node.op in QUANTIZATION, kind))
-                    else:
-                        yield _Reading(reader, node, operand, form, quantized, element_type)
+                function = self._scopes.functions.get((domain_of(node), node.op))
+                behind = passed_through(node, operand, state.form, self._integers)
+                if function is not None and operand < len(function.inputs):
+                    todo.append((function.inputs[operand], state))
+                elif behind is not None:
+                    kind = attribute(node, "to", state.element_type) if node.op == "Cast" else state.element_type
+                    todo.append((node.outputs[0], _State(behind, state.quantized or node.op in QUANTIZATION, kind)))
+                else:
+                    owners = self._scopes.owners(node)
+                    reader = f"{node.op} node {display_name(node)!r}" + (f" inside {place(owners)}" if owners else "")
+                    yield _Reading(reader, node, operand, state)
 
     def _multiplies(self, node: gs.Node, operand: int) -> bool:
         """Whether a linear operator multiplies the operand with something computed. A computed bias does not count."""

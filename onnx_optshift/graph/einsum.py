@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
 
 import onnx_graphsurgeon as gs
 
@@ -18,83 +17,60 @@ from onnx_optshift.geometry import AxisRows, MatrixRows, Reshape, RowForm, Trans
 from onnx_optshift.graph.weights import Match, attribute, make_match
 
 OPERANDS = tuple(range(8))  # any number is allowed; so many at least are told why they are left alone
-_DOTS = "..."
 _TERM = re.compile(r"[A-Za-z]*(\.\.\.)?[A-Za-z]*")
-
-
-@dataclass(frozen=True)
-class _Term:
-    """Letters of one operand; those before the ellipsis count from the left, the others from the right."""
-
-    before: str
-    after: str
-    dots: bool
-
-    @property
-    def letters(self) -> str:
-        return self.before + self.after
-
-    def axis(self, letter: str) -> int:
-        """Axis of a letter, the same for any number of axes under the ellipsis."""
-        if letter in self.before:
-            return self.before.index(letter)
-        return self.after.index(letter) - len(self.after)
 
 
 def match(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
     """Reads one contraction as rows @ V."""
     equation = attribute(node, "equation", "")
-    terms = _parsed(equation)
-    if terms is None or len(terms) != 1 + len(node.inputs):
-        return f"the equation {equation!r} does not fit {len(node.inputs)} operands"
+    what = f"the equation {equation!r}"
+    terms = _terms(equation)
+    if len(terms) != 1 + len(node.inputs):
+        return f"{what} does not fit {len(node.inputs)} operands"
     if len(node.inputs) != 2:
-        return f"the equation {equation!r} has {len(node.inputs)} operands, handled are two"
+        return f"{what} has {len(node.inputs)} operands, handled are two"
     weight, x, out = terms[operand], terms[1 - operand], terms[2]
-    if weight.dots or len(weight.letters) != len(form.result_shape):
-        return f"the equation {equation!r} leaves axes of the weight under an ellipsis"
-    if any(len(set(term.letters)) != len(term.letters) for term in terms):
-        return f"the equation {equation!r} takes a diagonal"
-    if (x.dots and not out.dots) or any(a not in out.letters and a not in weight.letters for a in x.letters):
-        return f"the equation {equation!r} sums over axes of the activation alone"
-    if any(letter not in out.letters and letter not in x.letters for letter in weight.letters):
-        return f"the equation {equation!r} sums over axes of the weight alone"
-    groups = [letter for letter in weight.letters if letter in x.letters and letter in out.letters]
-    features = [letter for letter in weight.letters if letter in x.letters and letter not in out.letters]
-    columns = [letter for letter in weight.letters if letter not in x.letters]
+    if "." in weight or len(weight) != len(form.result_shape):
+        return f"{what} leaves axes of the weight under an ellipsis"
+    if any(len(set(term)) != len(term) for term in terms):
+        return f"{what} takes a diagonal"
+    if any(letter not in out and letter not in weight for letter in x):
+        return f"{what} sums over axes of the activation alone"
+    if any(letter not in out and letter not in x for letter in weight):
+        return f"{what} sums over axes of the weight alone"
+    groups = [letter for letter in weight if letter in x and letter in out]
+    features = [letter for letter in weight if letter in x and letter not in out]
+    columns = [letter for letter in weight if letter not in x]
     if not features:
-        return f"the equation {equation!r} contracts nothing"
-    sizes = dict(zip(weight.letters, form.result_shape, strict=True))
+        return f"{what} contracts nothing"
+    sizes = dict(zip(weight, form.result_shape, strict=True))
     if any(sizes[letter] == 1 for letter in (*groups, *features)):
-        return f"the equation {equation!r} may broadcast an axis of length 1"
-    order = tuple(weight.letters.index(letter) for letter in (*groups, *features, *columns))
+        return f"{what} may broadcast an axis of length 1"
+    order = tuple(weight.index(letter) for letter in (*groups, *features, *columns))
     matrix = tuple(math.prod(sizes[letter] for letter in letters) for letters in (groups, features, columns))
-    return make_match(node, 1 - operand, form.then(Transpose(order)).then(Reshape(matrix)), _rows(x, groups, features))
+    rows = _rows(tuple(_axis(x, letter) for letter in features), tuple(_axis(x, letter) for letter in groups))
+    return make_match(node, 1 - operand, form.then(Transpose(order)).then(Reshape(matrix)), rows)
 
 
-def _rows(x: _Term, groups: Sequence[str], features: Sequence[str]) -> RowForm:
-    axes = tuple(x.axis(letter) for letter in features)
+def _rows(features: tuple[int, ...], groups: tuple[int, ...]) -> RowForm:
     # As a MatMul would say it where it can be said so: layers that read alike then share one statistic.
-    if not groups and axes in {(-1,), (-2,)}:
-        return MatrixRows(feature_axis=axes[0])
-    return AxisRows(axes, tuple(x.axis(letter) for letter in groups))
+    if not groups and features in {(-1,), (-2,)}:
+        return MatrixRows(feature_axis=features[0])
+    return AxisRows(features, groups)
 
 
-def _parsed(equation: str) -> list[_Term] | None:
-    """Terms of the operands and of the output; None when the equation is malformed."""
+def _axis(term: str, letter: str) -> int:
+    """Axis of a letter, the same for any number of axes under the ellipsis: from the left before it, else the right."""
+    at = term.index(letter)
+    return at if "." in term[at:] else at - len(term)
+
+
+def _terms(equation: str) -> list[str]:
+    """Letters of the operands and of the output, an ellipsis as one dot; none when the equation is malformed."""
     left, arrow, right = equation.replace(" ", "").partition("->")
-    inputs = left.split(",")
-    if not all(map(_TERM.fullmatch, inputs)):
-        return None
     if not arrow:
         # Without an output: the ellipsis first, then every letter that appears once, in the order of the alphabet.
-        letters = "".join(inputs).replace(_DOTS, "")
-        once = sorted(letter for letter in set(letters) if letters.count(letter) == 1)
-        right = (_DOTS if _DOTS in left else "") + "".join(once)
-    if not _TERM.fullmatch(right):
-        return None
-    return [_term(text) for text in (*inputs, right)]
-
-
-def _term(text: str) -> _Term:
-    before, dots, after = text.partition(_DOTS)
-    return _Term(before, after, True) if dots else _Term("", before, False)
+        counts = Counter(left.replace(".", "").replace(",", ""))
+        right = ("..." if "..." in left else "") + "".join(sorted(a for a, count in counts.items() if count == 1))
+    terms = [*left.split(","), right]
+    return [term.replace("...", ".") for term in terms] if all(map(_TERM.fullmatch, terms)) else []

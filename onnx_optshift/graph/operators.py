@@ -8,7 +8,7 @@ from typing import Final
 import onnx_graphsurgeon as gs
 
 from onnx_optshift.geometry import WeightForm
-from onnx_optshift.graph import attention, conv, conv_transpose, einsum, gemm, matmul, recurrent
+from onnx_optshift.graph import conv, einsum, matmul, recurrent
 from onnx_optshift.graph.weights import MICROSOFT, Match, Matcher, domain_of
 
 QUANTIZED: Final = "already quantized"
@@ -16,17 +16,11 @@ QUANTIZED: Final = "already quantized"
 
 @dataclass(frozen=True)
 class Operator:
-    """A linear operator.
+    """A linear operator."""
 
-    Attributes:
-        operands: Operands that can be the weight.
-        matcher: Reads a node as rows @ V; None when the operator is known but not handled.
-        reason: Why it is not handled.
-    """
-
-    operands: tuple[int, ...]
-    matcher: Matcher | None = None
-    reason: str = "this operator is not handled"
+    operands: tuple[int, ...]  # those that can be the weight
+    matcher: Matcher | None = None  # reads a node as rows @ V; None when the operator is known but not handled
+    reason: str = "this operator is not handled"  # why not
 
     def match(self, node: gs.Node, operand: int, form: WeightForm) -> Match | str:
         """The match of a node whose weight of this form is at `operand`, or why there is none."""
@@ -39,35 +33,36 @@ class Operator:
         return tuple(other for other in self.operands if other != operand)
 
 
+_QUANTIZED_OPERANDS: Final[dict[tuple[str, str], tuple[int, ...]]] = {
+    ("", "MatMulInteger"): (0, 1),
+    ("", "QLinearMatMul"): (0, 3),
+    ("", "QLinearConv"): (3,),
+    ("", "ConvInteger"): (1,),
+    (MICROSOFT, "QAttention"): (1,),
+    (MICROSOFT, "QGemm"): (0, 3),
+    (MICROSOFT, "QLinearConv"): (3,),
+    (MICROSOFT, "MatMulNBits"): (1,),
+    (MICROSOFT, "MatMulBnb4"): (1,),
+    (MICROSOFT, "MatMulFpQ4"): (1,),
+    (MICROSOFT, "MatMulIntegerToFloat"): (1,),
+    (MICROSOFT, "DynamicQuantizeMatMul"): (1,),
+    (MICROSOFT, "DynamicQuantizeLSTM"): (1, 2),
+    (MICROSOFT, "QMoE"): (2, 5, 8),
+}
 # By domain and operator.
 OPERATORS: Final[dict[tuple[str, str], Operator]] = {
-    ("", "Gemm"): Operator(gemm.OPERANDS, gemm.match),
-    (MICROSOFT, "FusedGemm"): Operator(gemm.OPERANDS, gemm.match),
-    ("", "MatMul"): Operator(matmul.OPERANDS, matmul.match),
-    (MICROSOFT, "FusedMatMul"): Operator(matmul.OPERANDS, matmul.match),
-    ("", "Conv"): Operator(conv.OPERANDS, conv.match),
-    (MICROSOFT, "FusedConv"): Operator(conv.OPERANDS, conv.match),
-    ("", "ConvTranspose"): Operator(conv_transpose.OPERANDS, conv_transpose.match),
+    ("", "Gemm"): Operator((0, 1), matmul.match_matrix),
+    (MICROSOFT, "FusedGemm"): Operator((0, 1), matmul.match_matrix),
+    ("", "MatMul"): Operator((0, 1), matmul.match),
+    (MICROSOFT, "FusedMatMul"): Operator((0, 1), matmul.match),
+    (MICROSOFT, "Attention"): Operator((1,), matmul.match_matrix),
+    ("", "Conv"): Operator((1,), conv.match),
+    (MICROSOFT, "FusedConv"): Operator((1,), conv.match),
+    ("", "ConvTranspose"): Operator((1,), conv.match_transposed),
     ("", "Einsum"): Operator(einsum.OPERANDS, einsum.match),
-    ("", "LSTM"): Operator(recurrent.OPERANDS, recurrent.match),
-    ("", "GRU"): Operator(recurrent.OPERANDS, recurrent.match),
-    ("", "RNN"): Operator(recurrent.OPERANDS, recurrent.match),
-    (MICROSOFT, "Attention"): Operator(attention.OPERANDS, attention.match),
+    **{("", op): Operator((1, 2), recurrent.match) for op in ("LSTM", "GRU", "RNN")},
+    **{name: Operator(operands, reason=QUANTIZED) for name, operands in _QUANTIZED_OPERANDS.items()},
     ("", "DeformConv"): Operator((1,), reason="the places that its kernel reads are computed"),
-    ("", "MatMulInteger"): Operator((0, 1), reason=QUANTIZED),
-    ("", "QLinearMatMul"): Operator((0, 3), reason=QUANTIZED),
-    ("", "QLinearConv"): Operator((3,), reason=QUANTIZED),
-    ("", "ConvInteger"): Operator((1,), reason=QUANTIZED),
-    (MICROSOFT, "QAttention"): Operator((1,), reason=QUANTIZED),
-    (MICROSOFT, "QGemm"): Operator((0, 3), reason=QUANTIZED),
-    (MICROSOFT, "QLinearConv"): Operator((3,), reason=QUANTIZED),
-    (MICROSOFT, "MatMulNBits"): Operator((1,), reason=QUANTIZED),
-    (MICROSOFT, "MatMulBnb4"): Operator((1,), reason=QUANTIZED),
-    (MICROSOFT, "MatMulFpQ4"): Operator((1,), reason=QUANTIZED),
-    (MICROSOFT, "MatMulIntegerToFloat"): Operator((1,), reason=QUANTIZED),
-    (MICROSOFT, "DynamicQuantizeMatMul"): Operator((1,), reason=QUANTIZED),
-    (MICROSOFT, "DynamicQuantizeLSTM"): Operator((1, 2), reason=QUANTIZED),
-    (MICROSOFT, "QMoE"): Operator((2, 5, 8), reason=QUANTIZED),
     (MICROSOFT, "MoE"): Operator((2, 4, 6), reason="which rows meet which expert is decided inside the operator"),
     (MICROSOFT, "PackedAttention"): Operator((1,)),
     (MICROSOFT, "LongformerAttention"): Operator((1,)),

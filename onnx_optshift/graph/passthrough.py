@@ -8,11 +8,10 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
-from numpy.typing import NDArray
 
 from onnx_optshift.geometry import Reshape, Transpose, WeightForm
-from onnx_optshift.graph.tensors import FLOAT_TYPES, inline_array
-from onnx_optshift.graph.weights import MICROSOFT, attribute, domain_of
+from onnx_optshift.graph.tensors import FLOAT_TYPES, inline_array, is_external
+from onnx_optshift.graph.weights import MICROSOFT, attribute, domain_of, operand_of
 
 # The integers that a value is known to hold; None when it is computed.
 Integers = Callable[[gs.Tensor], "tuple[int, ...] | None"]
@@ -26,8 +25,7 @@ def passed_through(node: gs.Node, operand: int, form: WeightForm, integers: Inte
 
     None when it does something else, or when its shape is not known beforehand; `integers` looks up shapes and axes.
     """
-    shape = form.result_shape
-    rank = len(shape)
+    rank = len(form.result_shape)
     known = not domain_of(node) or (domain_of(node) == MICROSOFT and node.op in QUANTIZATION)
     if not known or operand != 0 or not node.outputs or rank > _MOST_AXES:
         return None
@@ -39,61 +37,34 @@ def passed_through(node: gs.Node, operand: int, form: WeightForm, integers: Inte
         case "Transpose":
             perm = attribute(node, "perm", tuple(reversed(range(rank))))
             return form.then(Transpose(perm)) if sorted(perm) == list(range(rank)) else None
-        case "Reshape":
-            wanted = _argument(node, "shape", integers)
-            return _reshaped(form, wanted, keep_zero=attribute(node, "allowzero", 0) != 0)
-        case "Flatten":
-            axis = attribute(node, "axis", 1)
-            if not -rank <= axis <= rank:
-                return None
-            axis += rank if axis < 0 else 0
-            return form.then(Reshape((math.prod(shape[:axis]), math.prod(shape[axis:]))))
-        case "Squeeze":
-            axes = _argument(node, "axes", integers)
-            return _viewed(form, np.squeeze, axes) if axes is not None or _absent(node, "axes") else None
-        case "Unsqueeze":
-            axes = _argument(node, "axes", integers)
-            return _viewed(form, np.expand_dims, axes) if axes is not None else None
+        case "Reshape" | "Flatten" | "Squeeze" | "Unsqueeze":
+            shape = _new_shape(node, form.result_shape, integers)
+            return None if shape is None else form.then(Reshape(shape))
     return None
 
 
-def _absent(node: gs.Node, name: str) -> bool:
-    return name not in node.attrs and (len(node.inputs) < 2 or not node.inputs[1].name)
-
-
-def _argument(node: gs.Node, name: str, integers: Integers) -> tuple[int, ...] | None:
-    """An argument that older opsets hold in an attribute and newer ones in the second input."""
-    if name in node.attrs:
-        return attribute(node, name, ())
-    if len(node.inputs) < 2 or not node.inputs[1].name:
-        return None
-    return integers(node.inputs[1])
-
-
-def _reshaped(form: WeightForm, wanted: tuple[int, ...] | None, *, keep_zero: bool) -> WeightForm | None:
-    if wanted is None:
-        return None
-    shape, size = form.result_shape, math.prod(form.result_shape)
-    if not keep_zero:
-        if any(dim == 0 and axis >= len(shape) for axis, dim in enumerate(wanted)):
-            return None
-        wanted = tuple(shape[axis] if dim == 0 else dim for axis, dim in enumerate(wanted))
-    if wanted.count(-1) == 1:
-        rest = math.prod(dim for dim in wanted if dim != -1)
-        if rest <= 0 or size % rest:
-            return None
-        wanted = tuple(size // rest if dim == -1 else dim for dim in wanted)
-    if any(dim < 0 for dim in wanted) or math.prod(wanted) != size:
-        return None
-    return form.then(Reshape(wanted))
-
-
-def _viewed(
-    form: WeightForm, view: Callable[..., NDArray[np.generic]], axes: tuple[int, ...] | None
-) -> WeightForm | None:
+def _new_shape(node: gs.Node, shape: tuple[int, ...], integers: Integers) -> tuple[int, ...] | None:
+    """What a node makes of a shape, by numpy; None when that is not known, or cannot be."""
+    if node.op == "Flatten":
+        axis = attribute(node, "axis", 1)
+        return (math.prod(shape[:axis]), math.prod(shape[axis:])) if abs(axis) <= len(shape) else None
+    # Older opsets hold them in an attribute, newer ones in the second input.
+    name, second = "shape" if node.op == "Reshape" else "axes", operand_of(node, 1)
+    stated = attribute(node, name, ()) if name in node.attrs else None if second is None else integers(second)
     try:
-        return form.then(Reshape(view(np.broadcast_to(np.float32(0), form.result_shape), axes).shape))
-    except ValueError:  # axes that the constant does not have, or not of length 1
+        scalar = np.broadcast_to(np.float32(0), shape)
+        if node.op == "Squeeze" and name not in node.attrs and second is None:
+            return scalar.squeeze().shape
+        if stated is None:
+            return None
+        if node.op == "Squeeze":
+            return scalar.squeeze(stated).shape
+        if node.op == "Unsqueeze":
+            return np.expand_dims(scalar, stated).shape
+        if attribute(node, "allowzero", 0) == 0:
+            stated = tuple(shape[axis] if dim == 0 else dim for axis, dim in enumerate(stated))
+        return scalar.reshape(stated).shape if min(stated, default=0) >= -1 else None
+    except (ValueError, IndexError):  # it does not fit
         return None
 
 
@@ -109,6 +80,6 @@ def constant_integers(tensors: dict[str, onnx.TensorProto], value: gs.Tensor) ->
     tensor = tensors.get(value.name)
     if tensor is None or tensor.data_type != onnx.TensorProto.INT64 or len(tensor.dims) > 1:
         return None
-    if math.prod(tensor.dims) > 64 or tensor.data_location == onnx.TensorProto.EXTERNAL:
+    if math.prod(tensor.dims) > 64 or is_external(tensor):
         return None
     return tuple(int(item) for item in inline_array(tensor).ravel())

@@ -13,10 +13,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from onnx_optshift.geometry import MatrixRows, Reshape, Tap, WeightForm
-from onnx_optshift.graph.weights import Match, Use, attribute, display_name, make_match, swapped, with_leading_axis
+from onnx_optshift.geometry import MatrixRows, Reshape, WeightForm
+from onnx_optshift.graph.weights import Match, attribute, make_match, operand_of, swapped, with_leading_axis
 
-OPERANDS = (1, 2)
 _RECURRENT = 2
 _INITIAL_STATE = 5
 
@@ -33,25 +32,20 @@ def match(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
 
 
 def _recurrent(node: gs.Node, form: WeightForm) -> Match | str:
-    directions, _, width = form.result_shape
+    directions = form.result_shape[0]
     if node.op == "GRU" and attribute(node, "linear_before_reset", 0) == 0:
         return "recurrent weights of a GRU that resets the state before they meet it: that product is not captured"
     if attribute(node, "layout", 0) != 0:
         return "recurrent weights with layout 1 are not handled"
-    states = node.outputs[0] if node.outputs else None
-    if states is None or not states.name:
+    states = [value for value in node.outputs[:1] if value.name]
+    if not states:
         return "recurrent weights: the node does not output its hidden states (Y)"
-    values = [states]
-    initial = node.inputs[_INITIAL_STATE] if len(node.inputs) > _INITIAL_STATE else None
-    if initial is not None and initial.name:
-        if not isinstance(initial, gs.Constant):
-            values.append(initial)
-        elif np.any(initial.values):
+    initial = operand_of(node, _INITIAL_STATE)
+    if isinstance(initial, gs.Constant):
+        if np.any(initial.values):
             return "recurrent weights: the initial state is a constant, which is not captured"
+    elif initial is not None:
+        states.append(initial)
     # Y is [steps, dirs, batch, H] and the initial state [dirs, batch, H]: a direction's rows for each of its matrices.
     rows = MatrixRows(batch=(directions,)) if directions > 1 else MatrixRows()
-    uses = tuple(
-        Use(display_name(node), node.op, Tap(str(value.name), rows, directions, width), str(states.name))
-        for value in values
-    )
-    return Match(uses, swapped(form))
+    return make_match(node, states, swapped(form), rows)

@@ -1,7 +1,12 @@
-"""Which nodes run inside a body, and which values depend on constants alone."""
+"""Which nodes run inside a body, which values depend on constants alone, and who reads a value.
+
+onnx-graphsurgeon reads the graph and not onnx-ir (1.1.0): that refuses values of a map type and sparse constants, knows
+no owner of a subgraph either, and imports sympy, which costs every run half a second.
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import onnx_graphsurgeon as gs
@@ -11,6 +16,8 @@ from onnx_optshift.graph.weights import display_name, domain_of
 _RANDOM = frozenset({
     "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"
 })  # fmt: skip
+# What a node is in: nodes whose bodies it is in, outermost first; the function before them where there is one.
+Owners = tuple[gs.Node | gs.Function, ...]
 
 
 class Scopes:
@@ -18,30 +25,21 @@ class Scopes:
 
     A function that could not be inlined may use any name again, and graphsurgeon compares values by name alone: hence
     `id` everywhere.
-
-    Attributes:
-        graph: The main graph.
-        nodes: All nodes of the model, outer ones first.
-        body_of: For nodes of a body or a function, where that is, by node id.
-        owners: For nodes of the main graph and of its bodies, the nodes whose bodies they are in, outermost first, by
-            node id. Nodes of functions are not in it.
-        function_inputs: Inputs of a model-local function, by its domain and name.
-        leaked: Names of what bodies hand out, with the place. A body may hand out an outer value or a constant.
     """
 
     def __init__(self, graph: gs.Graph) -> None:
         self.graph = graph
-        self.nodes: list[gs.Node] = []
-        self.body_of: dict[int, str] = {}
-        self.owners: dict[int, tuple[gs.Node, ...]] = {}
-        self.function_inputs: dict[tuple[str, str], list[gs.Tensor]] = {}
+        self.nodes: list[gs.Node] = []  # all of the model, outer ones first
+        self.readers: defaultdict[int, list[tuple[gs.Node, int]]] = defaultdict(list)  # with the operand, by value
+        self.functions = {(domain_of(function), function.name): function for function in graph.functions}
+        # Names of what the model and bodies hand out, with the place. A body may hand out an outer value or a constant.
         self.leaked: dict[str, str] = {}
+        self._owners: dict[int, Owners] = {}
         self._constants: set[int] = set()
-        self._input_owners: dict[int, tuple[gs.Node, ...]] = {}
-        self._enter(graph.nodes, None, ())
+        self._enter(graph.nodes, ())
         for function in graph.functions:
-            self.function_inputs[domain_of(function), function.name] = list(function.inputs)
-            self._enter(function.nodes, f"the function {function.name!r}", None)
+            self._enter(function.nodes, (function,))
+        self.leaked |= {value.name: f"the graph output {value.name!r}" for value in graph.outputs}
 
     def is_constant(self, value: gs.Tensor) -> bool:
         """Whether a value depends on constants alone."""
@@ -49,32 +47,41 @@ class Scopes:
 
     def values(self) -> dict[str, gs.Tensor]:
         """Values of the main graph and of its bodies by name, in a model where names are unique."""
-        inside = [node for node in self.nodes if id(node) in self.owners]
+        inside = [node for node in self.nodes if not self.in_function(node)]
         return {value.name: value for node in inside for value in (*node.inputs, *node.outputs) if value.name}
 
-    def owners_of(self, value: gs.Tensor) -> tuple[gs.Node, ...]:
-        """The nodes in whose bodies a value comes to be, outermost first; none for the main graph."""
-        if value.inputs:
-            return self.owners[id(value.inputs[0])]
-        return self._input_owners.get(id(value), ())
+    def owners(self, part: gs.Node | gs.Tensor) -> Owners:
+        """What a node is in, or the place where a value comes to be; empty for the main graph."""
+        producer = part.inputs[0] if isinstance(part, gs.Tensor) and part.inputs else part
+        return self._owners.get(id(producer), ())
 
-    def _enter(self, nodes: Iterable[gs.Node], body: str | None, owners: tuple[gs.Node, ...] | None) -> None:
+    def in_function(self, node: gs.Node) -> bool:
+        """Whether a node is in a function that could not be inlined."""
+        return any(isinstance(owner, gs.Function) for owner in self.owners(node))
+
+    def _enter(self, nodes: Iterable[gs.Node], owners: Owners) -> None:
         inner: list[tuple[gs.Graph, gs.Node]] = []
         for node in nodes:
             self.nodes.append(node)
-            if owners is not None:
-                self.owners[id(node)] = owners
-            if body is not None:
-                self.body_of[id(node)] = body
+            self._owners[id(node)] = owners
             bodies = [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
             inner.extend((graph, node) for graph in bodies)
+            for operand, value in enumerate(node.inputs):
+                self.readers[id(value)].append((node, operand))
             inputs = [value for value in node.inputs if value.name]
             computed = not bodies and node.op not in _RANDOM and (inputs or node.op == "Constant")
             if computed and all(map(self.is_constant, inputs)):
                 self._constants.update(id(value) for value in node.outputs)
         for graph, owner in inner:
-            where = f"the body of {owner.op} node {display_name(owner)!r}"
-            within = (*owners, owner) if owners is not None else None
-            self._enter(graph.nodes, where, within)
-            self._input_owners.update((id(value), within or ()) for value in graph.inputs)
-            self.leaked.update((value.name, where) for value in graph.outputs)
+            within = (*owners, owner)
+            self._owners.update((id(value), within) for value in graph.inputs)
+            self._enter(graph.nodes, within)
+            self.leaked.update((value.name, place(within)) for value in graph.outputs)
+
+
+def place(owners: Owners) -> str:
+    """What to call the innermost of these."""
+    inner = owners[-1]
+    if isinstance(inner, gs.Function):
+        return f"the function {inner.name!r}"
+    return f"the body of {inner.op} node {display_name(inner)!r}"

@@ -17,42 +17,27 @@ _Value = TypeVar("_Value", int, float, str, "tuple[int, ...]")
 
 @dataclass(frozen=True)
 class Use:
-    """One node that multiplies rows of an activation with a weight.
+    """One node that multiplies rows of an activation with a weight."""
 
-    Attributes:
-        node: The node's name; its first output where it has none.
-        op_type: Its operator.
-        tap: The activation, and how it is read as rows.
-        output: Name of the value that the node computes.
-    """
-
-    node: str
+    node: str  # its name; its first output where it has none
     op_type: str
-    tap: Tap
-    output: str
+    tap: Tap  # the activation, and how it is read as rows
+    output: str  # the value that the node computes
 
 
 @dataclass(frozen=True)
 class Weight:
-    """One constant tensor and ALL its uses: the unit that is solved for.
+    """One constant tensor and ALL its uses: the unit that is solved for, as the matrix V `[groups, d, m]`."""
 
-    Attributes:
-        name: Of the initializer, or the output of the Constant node.
-        dtype: `float16`, `bfloat16`, `float32` or `float64`.
-        shape: As stored.
-        form: How it becomes the matrix V `[g, d, m]`; the same for all uses.
-        uses: At least one.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    form: WeightForm
-    uses: tuple[Use, ...]
+    name: str  # of the initializer, or the output of the Constant node
+    dtype: str  # float16, bfloat16, float32 or float64
+    shape: tuple[int, ...]  # as stored
+    form: WeightForm  # how it becomes V, the same for all uses
+    uses: tuple[Use, ...]  # at least one
 
     @property
     def groups(self) -> int:
-        """g: number of independent problems."""
+        """Number of independent problems."""
         return self.form.result_shape[0]
 
     @property
@@ -68,46 +53,31 @@ class Weight:
 
 @dataclass(frozen=True)
 class Skip:
-    """A linear layer that is left as it is.
+    """A linear layer that is left as it is."""
 
-    Attributes:
-        weight: Its constant tensor; None when its weight is none.
-        node: The layer's node.
-        op_type: Its operator.
-        reason: Why, in plain words.
-        unselected: Whether it could be shifted, but the user's selection leaves it out.
-    """
-
-    weight: str | None
+    weight: str | None  # its constant tensor; None when its weight is none
     node: str
     op_type: str
     reason: str
-    unselected: bool = False
+    unselected: bool = False  # whether it could be shifted, but the user's selection leaves it out
 
 
 @dataclass(frozen=True)
 class Match:
-    """What a matcher makes of one weight operand.
-
-    Attributes:
-        uses: One, or more where the operand meets several activations.
-        form: The finished form, with the result shape `[g, d, m]`.
-    """
+    """What a matcher makes of one weight operand: several uses where it meets several activations."""
 
     uses: tuple[Use, ...]
-    form: WeightForm
+    form: WeightForm  # finished, with the result shape `[g, d, m]`
 
 
 # (node, index of the weight operand, form of the weight at that operand) -> the match, or why there is none. A new
-# layer kind is one such function in a file of its own, and a row in `operators`.
+# layer kind is one such function, and a row in `operators`.
 Matcher = Callable[[gs.Node, int, WeightForm], "Match | str"]
 
 
 def display_name(node: gs.Node) -> str:
     """The node's name; its first output where it has none, which is unique in any case."""
-    if node.name:
-        return str(node.name)
-    return next((str(output.name) for output in node.outputs if output.name), f"unnamed {node.op}")
+    return str(node.name) or next((str(o.name) for o in node.outputs if o.name), f"unnamed {node.op}")
 
 
 def domain_of(node: gs.Node | gs.Function) -> str:
@@ -115,14 +85,22 @@ def domain_of(node: gs.Node | gs.Function) -> str:
     return "" if node.domain in (None, "ai.onnx") else str(node.domain)
 
 
-def make_match(node: gs.Node, activation: int, form: WeightForm, rows: RowForm) -> Match | str:
-    """The match of a finished form `[g, d, m]` with the activation at one operand, read as these rows."""
-    if activation >= len(node.inputs) or not node.inputs[activation].name:
-        return f"{node.op} node {display_name(node)!r} has no input {activation}"
+def operand_of(node: gs.Node, index: int) -> gs.Tensor | None:
+    """An input of a node; None where it is left out."""
+    return node.inputs[index] if index < len(node.inputs) and node.inputs[index].name else None
+
+
+def make_match(node: gs.Node, activations: int | list[gs.Tensor], form: WeightForm, rows: RowForm) -> Match | str:
+    """The match of a finished form `[g, d, m]` with the activation at one operand, or with several, read as `rows`."""
+    if isinstance(activations, int):
+        activation = operand_of(node, activations)
+        if activation is None:
+            return f"{node.op} node {display_name(node)!r} has no input {activations}"
+        activations = [activation]
     groups, width, _ = form.result_shape
-    tap = Tap(str(node.inputs[activation].name), rows, groups, width)
     output = next((str(value.name) for value in node.outputs if value.name), "")
-    return Match((Use(display_name(node), node.op, tap, output),), form)
+    taps = [Tap(str(value.name), rows, groups, width) for value in activations]
+    return Match(tuple(Use(display_name(node), node.op, tap, output) for tap in taps), form)
 
 
 def attribute(node: gs.Node, name: str, default: _Value) -> _Value:
@@ -135,10 +113,9 @@ def attribute(node: gs.Node, name: str, default: _Value) -> _Value:
     # In a function's body an attribute may stand for one of its call; nothing there is solved for.
     if value is None or isinstance(value, gs.Node.AttributeRef):
         return default
-    if isinstance(default, tuple):
-        if isinstance(value, list) and all(isinstance(item, int) for item in value):
-            return tuple(value)
-    elif isinstance(value, type(default)):
+    if isinstance(value, list) and isinstance(default, tuple) and all(isinstance(item, int) for item in value):
+        return tuple(value)
+    if isinstance(value, type(default)):
         return value
     raise InputError(
         f"{node.op} node {display_name(node)!r}: attribute {name!r} should be like {default!r}, found {value!r}. "
