@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from onnx_optshift.calibration.source import Batch, Samples
-from onnx_optshift.capture.session import Device
+from onnx_optshift.capture.device import Device
 from onnx_optshift.capture.statistics import StatisticsStore
 from onnx_optshift.capture.stream import stream
 from onnx_optshift.errors import InputError

@@ -12,7 +12,7 @@ from onnx_optshift.calibration.load import beside, load
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.calibration.split import split
 from onnx_optshift.calibration.synthetic import synthetic
-from onnx_optshift.capture.session import fallback_note, resolve_device
+from onnx_optshift.capture.session import resolve_device
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.selection import Selection
@@ -141,9 +141,8 @@ def prepare(
     )
     plan = make_plan(costs, bench.weights, settings.batch_size, Budget.of(settings.max_memory, device.solve))
     bench = bench.planned(plan, measured.rows)
-    fallen_back = bench.sessions.original().fallen_back
-    if fallen_back:
-        data = _warned(data, f"{fallback_note(fallen_back)}.")
+    note = bench.sessions.original().note
+    data = _warned(data, note) if note else data
     reads = (*sources, *(heldout or ()))
     return Prepared(source, bench, bench.weights, (*skips, *unreached), data, settings, plan.predicted, reads)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from onnx_optshift.capture.session import Device, Session
+from onnx_optshift.capture.device import Device
+from onnx_optshift.capture.session import Session
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.probes import probe_model
