@@ -1,7 +1,5 @@
 """Flatness against theory (quadratic losses) and against automatic differentiation, each with a negative control."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import tiny_models
@@ -256,8 +254,7 @@ def test_a_sketch_brackets_a_known_eigenvalue():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["digits_mlp", "noisy_mlp"])
-def test_models_within_two_errors_of_automatic_differentiation(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "tools"))
+def test_models_within_two_errors_of_automatic_differentiation(name):
     import validate_flatness as tool
 
     bench, samples = tool.bench_of(name)

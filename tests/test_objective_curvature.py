@@ -1,7 +1,5 @@
 """`--objective curvature` through the whole pass: every tolerance, every kind of layer, and where it cannot be had."""
 
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -216,22 +214,19 @@ def test_a_solution_that_rounding_makes_heavier_is_not_written():
     assert layers.finish(weight, problem, lighter, 0.0).moved
 
 
-def test_the_comparison_is_at_equal_deviation_and_tells_the_objectives_apart(monkeypatch):
-    spec = importlib.util.spec_from_file_location("compare_objectives", ROOT / "tools" / "compare_objectives.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "compare_objectives", module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    settings = Settings(device="cpu", max_samples=60)
-    comparison = module.Comparison(MODELS / "digits_mlp", settings, probes=0)
-    ways = dict(comparison.ways(1))
-    found = {name: comparison.at(ways[name][0], 0.1) for name in ("norm", "curvature")}
-    for candidate in found.values():
-        deviation = comparison.bench.deviation(comparison.samples, candidate.arrays).largest_rel()
-        assert deviation == pytest.approx(0.1, rel=module.CLOSE)
-    norm, curvature = (comparison.measure([found[name]]) for name in ("norm", "curvature"))
+def test_the_comparison_is_at_equal_deviation_and_tells_the_objectives_apart():
+    import compare_objectives as tool
+
+    comparison = tool.Comparison(MODELS / "digits_mlp", Settings(device="cpu", max_samples=60), probes=0)
+    ways = {way.name: way for way in comparison.ways(1)}
+    for name in ("norm", "curvature"):
+        candidate = comparison.at(ways[name].candidate_at[0], 0.1)
+        deviation = comparison.bench.outputs.deviation(comparison.samples, candidate.arrays).largest_rel()
+        assert deviation == pytest.approx(0.1, rel=tool.CLOSE)
+    norm, curvature = (comparison.measured(ways[name], 0.1) for name in ("norm", "curvature"))
     assert norm.norm < curvature.norm < 1
-    assert (norm.weighted, comparison.measure([]).norm) == (None, 1.0)
+    assert (norm.weighted, comparison.measure([], []).norm) == (None, 1.0)
     assert curvature.weighted < 1
-    row = module.line("m", "0.1", "curvature", curvature, norm)
-    assert len(row.split("|")) == len(module.HEADER) + 2
-    assert f"{comparison.measure([found['curvature']]).judged[0].score.loss:.4f}" in row
+    row = tool.line("m", "0.1", "curvature", curvature, norm)
+    assert len(row.split("|")) == len(tool.HEADER) + 2
+    assert f"{curvature.judged[0].score.loss:.4f}" in row

@@ -1,6 +1,5 @@
 """The measuring tools notice what they are there to notice."""
 
-import importlib.util
 import re
 import shutil
 import signal
@@ -10,22 +9,13 @@ import textwrap
 import time
 from pathlib import Path
 
+import bench_memory
+import mutations
 import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
 DIGITS = ROOT / "models" / "digits_cnn"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-bench_memory, mutations = load("bench_memory"), load("mutations")
 
 
 @pytest.mark.parametrize(

@@ -12,21 +12,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from onnx_optshift.calibration.source import Samples
-from onnx_optshift.data import find_calibration
 from onnx_optshift.decide.gate import Gate, Judged, paired
 from onnx_optshift.decide.recapture import affordable, layer_by_layer
-from onnx_optshift.diagnose.feature_curvature import feature_curvature
-from onnx_optshift.diagnose.flatness import MOST_FLATNESS_SAMPLES, flatness, thinned
-from onnx_optshift.diagnose.landscape import loss_of
-from onnx_optshift.layers import Candidate, Layers
+from onnx_optshift.diagnose.flatness import flatness_of
+from onnx_optshift.run.capture import layers_maker
+from onnx_optshift.run.layers import Candidate, Layers
+from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
-from onnx_optshift.workbench import Workbench, open_model, open_workbench
+from onnx_optshift.solve.objective import make_objective
 
 TOLERANCES = (0.01, 0.03, 0.1, 0.2)
 CLOSE = 0.005
@@ -58,6 +56,21 @@ class Measured:
         return Judged(losses, np.mean(right, axis=0) if right else None)
 
 
+@dataclass(frozen=True)
+class Way:
+    """One objective's shifts.
+
+    Attributes:
+        name: For the table.
+        layers: What is solved, once for each seed.
+        candidate_at: Layer residual -> shifts, likewise.
+    """
+
+    name: str
+    layers: Sequence[Layers]
+    candidate_at: Sequence[Callable[[float], Candidate]]
+
+
 class Comparison:
     """One model with its data.
 
@@ -68,34 +81,37 @@ class Comparison:
     """
 
     def __init__(self, folder: Path, settings: Settings, probes: int) -> None:
-        model, weights, _ = open_model(folder / "model.onnx", settings)
-        self.bench: Workbench = open_workbench(model, weights, settings)
-        self.samples = _data(self.bench, folder / "calibration.npz", settings)
-        self.gate = Gate(self.bench, _data(self.bench, folder / "heldout.npz", Settings(labels=settings.labels)), 0.0)
-        self.bench.plan(self.samples, metric=True)
-        self._statistics = self.bench.collect(self.samples)
+        settings = replace(settings, objective="curvature")  # so that memory for it is planned
+        files = [[folder / f"{part}.npz"] for part in ("calibration", "heldout")]
+        self._prepared = prepare(folder / "model.onnx", settings, *files)
+        data = self._prepared.data
+        if data is None or data.heldout is None or data.calibration.labels is None or data.heldout.labels is None:
+            raise SystemExit(f"{folder}: labels are needed, as an array {settings.labels!r}.")
+        self.bench, self.samples = self._prepared.bench, data.calibration
+        self.gate = Gate(self.bench.outputs, data.heldout, 0.0)
+        self._statistics = self.bench.statistics(self.samples)
         self._probes = probes
 
-    def layers(self, objective: str, seed: int) -> Layers:
+    def layers(self, objective: str, seed: int = 0) -> Layers:
         """The layers as the pass makes them."""
-        slopes = feature_curvature(self.bench, self.samples, seed=seed) if objective == "curvature" else None
-        read = self.bench.model.initializer
-        return Layers(self.bench.weights, self._statistics, read, objective=objective, slopes=slopes)
+        seeded = replace(self._prepared, settings=replace(self._prepared.settings, seed=seed))
+        return layers_maker(seeded, seeded.data, make_objective(objective))(self._statistics)
 
-    def ways(self, seeds: int) -> Iterator[tuple[str, list[Callable[[float], Candidate]]]]:
-        """Name of each objective, and for each seed its shifts at a layer residual."""
-        norm = self.layers("norm", 0)
-        yield "norm", [norm.candidate]
+    def ways(self, seeds: int) -> Iterator[Way]:
+        """All objectives; curvature with so many seeds."""
+        norm = self.layers("norm")
+        yield Way("norm", [norm], [norm.candidate])
         if affordable(norm):
-            yield "norm, layer by layer", [lambda r: layer_by_layer(self.bench, norm, self.samples, r)]
-        yield "curvature", [self.layers("curvature", seed).candidate for seed in range(seeds)]
+            yield Way("norm, layer by layer", [norm], [lambda r: layer_by_layer(self.bench, norm, self.samples, r)])
+        curvature = [self.layers("curvature", seed) for seed in range(seeds)]
+        yield Way("curvature", curvature, [layers.candidate for layers in curvature])
 
     def at(self, candidate_at: Callable[[float], Candidate], deviation: float) -> Candidate:
         """Shifts whose outputs deviate as asked, on all calibration data: secant steps on the log-log scale."""
         low, high, residual = 0.0, 0.9, min(deviation, 0.9)
         for _ in range(MOST_STEPS):
             candidate = candidate_at(residual)
-            found = self.bench.deviation(self.samples, candidate.arrays).largest_rel()
+            found = self.bench.outputs.deviation(self.samples, candidate.arrays).largest_rel()
             if abs(found / deviation - 1) <= CLOSE:
                 return candidate
             low, high = (residual, high) if found < deviation else (low, residual)
@@ -103,17 +119,22 @@ class Comparison:
             residual = guess if low < guess < high else (low + high) / 2
         raise SystemExit(f"{self.bench.model.where}: no layer residual makes the outputs deviate by {deviation:g}")
 
-    def measure(self, candidates: Sequence[Candidate], seed: int = 0) -> Measured:
+    def measured(self, way: Way, deviation: float) -> Measured:
+        """All figures of a way's shifts whose outputs deviate as asked."""
+        return self.measure([self.at(candidate_at, deviation) for candidate_at in way.candidate_at], way.layers)
+
+    def measure(self, candidates: Sequence[Candidate], layers: Sequence[Layers]) -> Measured:
         """All figures of the shifts that the seeds of one objective gave; no candidate is the original."""
         arrays = [candidate.arrays for candidate in candidates] or [{}]
-        solved = [entry for candidate in candidates for entry in candidate.solved.values()]
-        norms = [(s.shift.norm_after / s.shift.norm_before) ** 2 if s.moved else 1.0 for s in solved]
-        weighted = [s.weighted for s in solved if s.weighted is not None]
-        few = thinned(self.samples, MOST_FLATNESS_SAMPLES, seed)
+        norms, weighted = [], []
+        for candidate, solver in zip(candidates, layers, strict=True):
+            for name, solved in candidate.solved.items():
+                norms.append((solved.shift.norm_after / solved.shift.norm_before) ** 2 if solved.moved else 1.0)
+                if solver.objective.needs_slopes and solved.moved and not solved.note:
+                    weighted.append((solved.figure / solver.facts[name].figure) ** 2)
+        settings = self._prepared.settings
         traces = [
-            flatness(
-                self.bench, few, loss_of(self.bench, few), moved, probes=self._probes, seed=seed
-            ).trace.before.value
+            flatness_of(self.bench, self.samples, settings, moved, self._probes).trace
             for moved in arrays
             if self._probes
         ]
@@ -121,15 +142,8 @@ class Comparison:
             [self.gate.run(moved) for moved in arrays],
             float(np.mean(norms)) if norms else 1.0,
             float(np.mean(weighted)) if weighted else None,
-            float(np.mean(traces)) if traces else None,
+            float(np.mean([(trace.after or trace.before).value for trace in traces])) if traces else None,
         )
-
-
-def _data(bench: Workbench, path: Path, settings: Settings) -> Samples:
-    found = find_calibration(bench.model, [path], settings)
-    if found is None or found.labels is None:
-        raise SystemExit(f"{path}: labels are needed, as an array {settings.labels!r}.")
-    return found
 
 
 def line(model: str, deviation: str, objective: str, found: Measured, norm: Measured | None) -> str:
@@ -164,13 +178,13 @@ def main() -> None:
     print("|---" * len(HEADER) + "|")
     for folder in arguments.folders:
         comparison = Comparison(folder, settings, arguments.flatness)
-        print(line(folder.name, "0", "none", comparison.measure([]), None), flush=True)
+        print(line(folder.name, "0", "none", comparison.measure([], []), None), flush=True)
         ways = list(comparison.ways(arguments.seeds))
         for tolerance in arguments.tolerances:
             norm = None
-            for name, seeds in ways:
-                found = comparison.measure([comparison.at(candidate_at, tolerance) for candidate_at in seeds])
-                print(line(folder.name, f"{tolerance:g}", name, found, norm), flush=True)
+            for way in ways:
+                found = comparison.measured(way, tolerance)
+                print(line(folder.name, f"{tolerance:g}", way.name, found, norm), flush=True)
                 norm = norm or found
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_optshift
-from onnx_optshift.diagnose.run import diagnose
+from onnx_optshift.commands.diagnose import diagnose
 from onnx_optshift.errors import InputError
 from onnx_optshift.settings import Settings
 

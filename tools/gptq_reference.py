@@ -17,17 +17,16 @@ import tempfile
 from pathlib import Path
 
 import torch
-from quantize_recipe import LABELS, Judge, read_arrays
+from score import Judge, read_arrays
 from torch import Tensor
 
-from onnx_optshift.calibration.load import load
-from onnx_optshift.data import input_specs
-from onnx_optshift.layers import Layers
 from onnx_optshift.quantize.rtn import Grid, round_to_nearest
+from onnx_optshift.run.capture import captured
+from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
-from onnx_optshift.solve.objective import solve_layer
+from onnx_optshift.solve.finish import finished
+from onnx_optshift.solve.objective import Norm, make_objective
 from onnx_optshift.solve.spectrum import relative_residual
-from onnx_optshift.workbench import open_model, open_workbench
 from onnx_optshift.write.patch import write_beside
 
 DAMPING = 0.01  # of the mean diagonal of H, the paper's
@@ -78,25 +77,21 @@ def main() -> None:
     parser.add_argument("--bits", type=int, nargs="*", default=[4, 3, 2])
     arguments = parser.parse_args()
 
-    source, weights, _ = open_model(arguments.model, Settings(nodes_to_include=(arguments.weight,)))
-    (weight,) = [each for each in weights if each.name == arguments.weight]
-    bench = open_workbench(source, [weight], Settings())
-    parts = {}
-    for part, name in (("calib", "calibration.npz"), ("test", "heldout.npz")):
-        path = getattr(arguments, part) or arguments.model.with_name(name)
-        samples = load([str(path)], input_specs(source), labels_name=LABELS)
-        bench.plan(samples)
-        parts[part] = Layers([weight], bench.collect(samples), source.initializer, device=bench.device.solve)
-        data = read_arrays(path)
-    judge = Judge(arguments.model, data)
+    settings = Settings(nodes_to_include=(arguments.weight,))
+    places = [
+        given or arguments.model.with_name(name)
+        for given, name in ((arguments.calib, "calibration.npz"), (arguments.test, "heldout.npz"))
+    ]
+    opened = [prepare(arguments.model, settings, [str(place)]) for place in places]
+    layers, unseen = (captured(prepared, prepared.data, Norm())[0] for prepared in opened)
+    source, (weight,) = opened[0].model, layers.weights.values()
+    judge = Judge(arguments.model, read_arrays(places[1]))
 
-    layers = parts["calib"]
-    original, spectrum, gram = layers.matrix(weight), layers.spectrum(weight), layers.moments(weight).gram()
-    unseen = parts["test"].spectrum(weight)
+    problem, gram = layers.problem(weight), layers.moments(weight).gram()
+    original, spectra = problem.matrix, (problem.spectrum, unseen.spectrum(weight))
     candidates = {"no shift": original}
     for tolerance in arguments.tolerance:
-        found = solve_layer(spectrum, original, objective=arguments.objective, tolerance=tolerance,
-                            rounding_unit=2.0**-24)  # fmt: skip
+        found = make_objective(arguments.objective).solve(problem, tolerance)
         candidates[f"{arguments.objective}, residual {tolerance:g}"] = found.matrix
         print(f"{arguments.objective} at {tolerance:g}: range {found.range_after / found.range_before:.3f} of before, "
               f"norm {found.norm_after / found.norm_before:.3f}, {found.iterations} iterations")  # fmt: skip
@@ -111,9 +106,10 @@ def main() -> None:
                     "RTN": round_to_nearest(matrix, Grid(bits)), "GPTQ": gptq(matrix, gram, bits)
                 }  # fmt: skip
                 for kind, quantized in kinds.items():
-                    write_beside(source, {weight.name: layers.rounded(weight, quantized)}, target).commit()
+                    array = finished(quantized, weight.form, source.initializer(weight.name).dtype)
+                    write_beside(source, {weight.name: array}, target).commit()
                     score = judge.score(target)
-                    errors = [relative_residual(rows, original, quantized) for rows in (spectrum, unseen)]
+                    errors = [relative_residual(spectrum, original, quantized) for spectrum in spectra]
                     print(f"| {bits} | {title} | {kind} | {errors[0]:.4f} | {errors[1]:.4f} | {100 * score.top1:.2f} "
                           f"| {score.nll:.4f} |", flush=True)  # fmt: skip
 

@@ -18,91 +18,28 @@ against the FLOAT ORIGINAL, so that what the shift itself moves counts too. Rati
 from __future__ import annotations
 
 import argparse
-import hashlib
 import statistics
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
-from numpy.typing import NDArray
 from quantizers import EQUALIZERS, NotApplicable, Quantizer, run_peer, table
+from score import LABELS, Arrays, Judge, Score, read_arrays
 
-from onnx_optshift.calibration.load import load
-from onnx_optshift.data import input_specs
-from onnx_optshift.decide.loss import choose_loss
+from onnx_optshift.api import shift
 from onnx_optshift.errors import OptShiftError
 from onnx_optshift.graph.selection import Selection
-from onnx_optshift.layers import Layers
-from onnx_optshift.optimize import shift
 from onnx_optshift.quantize.rtn import Grid
+from onnx_optshift.run.capture import captured, objective_of
+from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
-from onnx_optshift.solve.quant_range import Granularity
-from onnx_optshift.workbench import open_model, open_workbench
+from onnx_optshift.solve.finish import finished
 from onnx_optshift.write.patch import write_beside
 
 FAMILIES = ("rtn", "static", "dynamic", "nbits", "peer")
-LABELS = "labels"
 ANY = 0  # bits of a shift that was not made for one width
-BATCH = 100
-
-Arrays = dict[str, NDArray[np.generic]]
-
-
-@dataclass(frozen=True)
-class Score:
-    """One model file on the test data.
-
-    Attributes:
-        top1: Share of right answers.
-        nll: Mean negative log-likelihood.
-        error: Relative output error against the float original.
-    """
-
-    top1: float
-    nll: float
-    error: float
-
-
-class Judge:
-    """Scores model files on test data against the float original; the same bytes are run once.
-
-    Args:
-        original: The float model.
-        data: Its inputs by name, and the labels.
-    """
-
-    def __init__(self, original: Path, data: Arrays) -> None:
-        self._labels = data[LABELS]
-        self._inputs = {name: array for name, array in data.items() if name != LABELS}
-        self._reference = self._outputs(original)
-        self._loss = choose_loss(self._reference, self._labels, len(self._labels))
-        self._known: dict[str, Score] = {}
-
-    def score(self, path: Path) -> Score:
-        """The score of a model file."""
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if digest not in self._known:
-            outputs = self._outputs(path)
-            losses, right = self._loss.per_sample(outputs, self._reference, self._labels, len(self._labels))
-            first = next(iter(self._reference))
-            before, after = (values[first].astype(np.float64) for values in (self._reference, outputs))
-            error = float(np.linalg.norm(after - before) / np.linalg.norm(before))
-            top1 = float("nan") if right is None else float(right.mean())
-            self._known[digest] = Score(top1, float(losses.mean()), error)
-        return self._known[digest]
-
-    def _outputs(self, path: Path) -> Arrays:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
-        parts = [
-            session.run(names, {name: array[start : start + BATCH] for name, array in self._inputs.items()})
-            for start in range(0, len(self._labels), BATCH)
-        ]
-        return {name: np.concatenate([part[k] for part in parts]) for k, name in enumerate(names)}
 
 
 @dataclass(frozen=True)
@@ -171,25 +108,18 @@ def shifted_by_residual(
     model: Path, calibration: Path, residual: float, arguments: argparse.Namespace, folder: Path
 ) -> Variant:
     """All layers in parallel against their original inputs, each by this residual, without a gate."""
-    settings = Settings(**_chosen(arguments))
-    source, weights, _ = open_model(model, settings)
-    bench = open_workbench(source, weights, settings)
-    samples = load([str(calibration)], input_specs(source))
-    bench.plan(samples)
-    mode = "block" if arguments.range_block else arguments.range_scope
-    layers = Layers(
-        weights,
-        bench.collect(samples),
-        source.initializer,
-        device=bench.device.solve,
-        objective=settings.objective,
-        granularity=Granularity(mode, arguments.range_block or 1),
-    )
-    candidate = layers.candidate(residual)
+    prepared = prepare(model, Settings(**_chosen(arguments)), [str(calibration)])
+    layers, _ = captured(prepared, prepared.data, objective_of(prepared))
+    arrays, ratios = {}, []
+    for weight in layers.weights.values():
+        found = layers.objective.solve(layers.problem(weight), residual)
+        if found.outcome.moved:
+            arrays[weight.name] = finished(found.matrix, weight.form, prepared.model.initializer(weight.name).dtype)
+            ratios.append(found.range_after / found.range_before)
     target = folder / f"residual-{residual}.onnx"
-    write_beside(source, candidate.arrays, target).commit()
-    ratios = [s.shift.range_after / s.shift.range_before for s in candidate.solved.values() if s.shift.range_before]
-    said = f"{len(candidate.arrays)} of {len(weights)} layers, ranges {min(ratios):.2f} to {max(ratios):.2f} of before"
+    write_beside(prepared.model, arrays, target).commit()
+    ends = f"{min(ratios, default=1):.2f} to {max(ratios, default=1):.2f}"
+    said = f"{len(arrays)} of {len(layers.weights)} layers, ranges {ends} of before"
     return Variant(f"objective {arguments.objective}, every layer at residual {residual:g}", {ANY: (target,)}, (said,))
 
 
@@ -253,7 +183,7 @@ def _scores(
 
 
 def _median(scores: Sequence[Score]) -> Score:
-    return Score(*(statistics.median(getattr(s, name) for s in scores) for name in ("top1", "nll", "error")))
+    return Score(*(statistics.median(figures) for figures in zip(*map(astuple, scores), strict=True)))
 
 
 def _print_row(name: str, bits: int, before: Score, after: Score) -> None:
@@ -332,12 +262,6 @@ def _one_model(
         if arguments.peer_python is not None and arguments.equalizers:
             variants += [equalized(model, peer, first, arguments, folder) for peer in EQUALIZERS]
         compare(model, [variant for variant in variants if variant is not None], quantizers, inputs, judge)
-
-
-def read_arrays(path: Path) -> Arrays:
-    """All arrays of a .npz file."""
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
 
 
 if __name__ == "__main__":

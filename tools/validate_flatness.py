@@ -25,11 +25,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from make_models import RECIPES
 
 from onnx_optshift.calibration.source import Samples
-from onnx_optshift.data import find_calibration
 from onnx_optshift.diagnose.flatness import Directions, flatness
 from onnx_optshift.diagnose.landscape import Landscape, loss_of, smooth_session
+from onnx_optshift.run.bench import Bench
+from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
-from onnx_optshift.workbench import Workbench, open_model, open_workbench
 
 SAME_PROBES = 8
 MODELS = Path(__file__).parents[1] / "models"
@@ -168,15 +168,11 @@ def largest(product, at: dict[str, torch.Tensor], iterations: int = 200) -> floa
     return new
 
 
-def bench_of(name: str) -> tuple[Workbench, Samples]:
-    """Workbench and calibration samples of an example model."""
-    settings = Settings(device="cpu")
-    model, weights, _ = open_model(MODELS / name / "model.onnx", settings)
-    samples = find_calibration(model, None, settings)
-    assert samples is not None
-    bench = open_workbench(model, weights, settings)
-    bench.batch_size = 250
-    return bench, samples
+def bench_of(name: str) -> tuple[Bench, Samples]:
+    """Bench and calibration samples of an example model."""
+    prepared = prepare(MODELS / name / "model.onnx", Settings(device="cpu", batch_size=250), None)
+    assert prepared.data is not None
+    return prepared.bench, prepared.data.calibration
 
 
 def main() -> None:
