@@ -20,7 +20,7 @@ from typing import Never, TextIO
 
 from onnx_optshift import journal
 from onnx_optshift.errors import InputError
-from onnx_optshift.write import leftovers
+from onnx_optshift.write.atomic import remove
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 # A terminal's Ctrl-C reaches both processes, and the parent passes its own on: two this close [s] are one.
@@ -28,13 +28,11 @@ _ECHO = 0.5
 # A bar hides the cursor; erases the rest of its line too.
 _SHOW_CURSOR = "\r\x1b[K\x1b[?25h"
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_CRASHES = {"SIGSEGV", "SIGABRT", "SIGBUS", "SIGILL", "SIGFPE"}
 
 
 def run_isolated(work: Callable[[], int]) -> int:
-    """Does some work in a child process, and waits for it.
-
-    SIGINT, SIGTERM, SIGHUP and SIGQUIT are passed on. Whatever the child left unfinished is removed. The child does not
-    outlive its parent.
+    """Does some work in a child process that does not outlive this one, and removes what it leaves unfinished.
 
     Args:
         work: Returns an exit status. It runs right here on systems other than Linux, which cannot fork (Windows) or not
@@ -42,21 +40,22 @@ def run_isolated(work: Callable[[], int]) -> int:
 
     Returns:
         The work's status. If a signal killed it, with one message on standard error: 128 + the signal's number for
-        those that ask to end (130 for SIGINT, 143 for SIGTERM), and 2 for a crash or SIGKILL.
+        those that ask to end, which are passed on (130 for SIGINT, 143 for SIGTERM); 2 for a crash or SIGKILL.
     """
     if sys.platform != "linux":
         return work()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()  # or the child would write it again
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a caller that ignores it would cost us the child's status
+    requests = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
     # Those that are ignored (nohup) stay so. None may come before both sides have their handlers.
-    ends = [end for end in _requests() if signal.getsignal(end) is not signal.SIG_IGN]
+    ends = [end for end in requests if signal.getsignal(end) is not signal.SIG_IGN]
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     parent = os.getpid()
     try:
-        records = journal.open_new()
+        journal.share()
         child = os.fork()
-    except OSError:  # no more processes or files to be had: then without the safety
+    except OSError:  # no more processes or memory to be had: then without the safety
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return work()
     if not child:
@@ -64,27 +63,25 @@ def run_isolated(work: Callable[[], int]) -> int:
         if signal.SIGINT in ends:
             _interrupt_once()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        journal.write_to(records)
         _work_and_exit(work)
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(child, number)
+
     for end in ends:
-        signal.signal(end, lambda number, _: _pass_on(child, number))
+        signal.signal(end, pass_on)
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     for end in ends:
         signal.signal(end, signal.SIG_IGN)  # the last words take no time
-    record = journal.read(records)
-    for name in record.unfinished:
-        leftovers.remove(Path(name))
-    return code if code >= 0 else _answer(-code, record)
-
-
-def _requests() -> tuple[signal.Signals, ...]:
-    return (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-
-
-def _pass_on(child: int, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(child, number)
+    record = journal.read()
+    for name in record.hidden:
+        remove(Path(name))
+    if code >= 0:
+        return code
+    say(_SHOW_CURSOR * sys.stderr.isatty() + _words(-code, record, asked=-code in requests))
+    return 128 - code if -code in requests else InputError.exit_code
 
 
 def _end_with(parent: int) -> None:
@@ -121,7 +118,7 @@ def _work_and_exit(work: Callable[[], int]) -> Never:
         status = work()
     except KeyboardInterrupt:
         status = INTERRUPTED
-        _say("interrupted")
+        say("interrupted")
     except BaseException:
         traceback.print_exc()
     finally:
@@ -134,35 +131,28 @@ def _work_and_exit(work: Callable[[], int]) -> Never:
             os._exit(status)
 
 
-def _answer(number: int, record: journal.Record) -> int:
-    """Says what a signal did to the child, and returns the exit status."""
+def _words(number: int, record: journal.Record, *, asked: bool) -> str:
+    """What a signal did to the child, and what to do next."""
     placed = " and ".join(record.placed)
     written = f"{placed} was written before" if placed else "nothing was written"
-    if number in _requests():
-        _say(f"{'interrupted' if number == signal.SIGINT else 'terminated'}: {written}")
-        return 128 + number
+    if asked:
+        return f"{'interrupted' if number == signal.SIGINT else 'terminated'}: {written}"
+    # Real-time signals have no names.
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    what, hint = "ended by a signal", "Look for a limit of the system, or for who sent it."
     if number == signal.SIGKILL:
         what, hint = "killed", "Memory most likely ran out: give --max-memory, or a smaller --batch-size."
-    elif number in {signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGILL, signal.SIGFPE}:
+    elif name in _CRASHES:
         what = "a native library crashed"
         hint = "Check that the model runs in ONNX Runtime alone; --verbose shows the place."
-    else:
-        what, hint = "ended by a signal", "Look for a limit of the system, or for who sent it."
-    _say(f"error: {what} ({_name(number)}) {record.place}; {written}. {hint}")
-    return InputError.exit_code
+    return f"error: {what} ({name}) {record.stage}; {written}. {hint}"
 
 
-def _name(number: int) -> str:
+def say(message: str) -> None:
+    """One message on standard error, which nobody may listen to any more."""
     try:
-        return signal.Signals(number).name
-    except ValueError:  # real-time signals have none
-        return f"signal {number}"
-
-
-def _say(message: str) -> None:
-    try:
-        print(_SHOW_CURSOR * sys.stderr.isatty() + message, file=sys.stderr, flush=True)
-    except (OSError, ValueError):  # nobody listens
+        print(message, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
         drain(sys.stderr)
 
 
@@ -170,9 +160,6 @@ def drain(stream: TextIO) -> None:
     """Has a stream that failed lead nowhere, or the interpreter's own flush at the end would change the exit status.
 
     As the Python documentation has it (signal module, "Note on SIGPIPE").
-
-    Args:
-        stream: Standard output or standard error.
     """
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

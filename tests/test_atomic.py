@@ -10,30 +10,19 @@ import pytest
 
 from onnx_optshift import journal
 from onnx_optshift.errors import InputError
-from onnx_optshift.write import atomic, leftovers
+from onnx_optshift.write import atomic
 from onnx_optshift.write.atomic import Written, check_target, digest, system_errors, write_text
-from onnx_optshift.write.leftovers import part, scratch_folder, work_name
 
 NAMES = ["out.onnx", "m", "a b\nc.onnx", "模型" * 40 + ".onnx", "ü" * 127, "x" * 255, "😀" * 63, "back\udcffslash"]
-posix = pytest.mark.skipif(os.name != "posix", reason="elsewhere asking whether a process lives may end it")
+posix = pytest.mark.skipif(os.name != "posix", reason="nothing is locked elsewhere")
 
 
 @pytest.fixture
 def record(monkeypatch):
     """Has this process keep a journal, and reads it."""
-    file = journal.open_new()
-    monkeypatch.setattr(journal, "_file", file)
-    monkeypatch.setattr(journal, "_record", journal.Record())
-    yield lambda: journal.read(file)
-    os.close(file)
-
-
-@pytest.fixture(scope="module")
-def dead():
-    """Number of a process that is no more."""
-    with subprocess.Popen([sys.executable, "-S", "-c", ""]) as process:
-        pass
-    return process.pid
+    monkeypatch.setattr(journal, "_shared", None)
+    journal.share()
+    return journal.read
 
 
 def contents(folder):
@@ -49,10 +38,9 @@ def unfinished(out, data=b"data", location="sub/out.data"):
     return written
 
 
-def left_by(process, written):
-    """Renames what is unfinished as if this process had left it."""
-    for path in written.final_path.parent.glob(f"{written._name.name}*"):
-        path.rename(path.with_name(path.name.replace(f"-{os.getpid()}-", f"-{process}-")))
+def die(work):
+    """What a dead process leaves: everything but the lock."""
+    work._file.close()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,7 +48,8 @@ def test_any_name_can_be_written(name, tmp_path):
     write_text(tmp_path / name, "first")
     write_text(tmp_path / name, "second")
     assert contents(tmp_path) == {name: b"second"}
-    hidden = work_name(tmp_path).name
+    with Written(tmp_path / name) as written:
+        hidden = written.temp_folder.name
     assert hidden.startswith(".")
     assert len(os.fsencode(hidden)) <= 120  # encrypting file systems allow 143
 
@@ -149,90 +138,111 @@ def test_a_name_that_is_too_long_is_known_before_the_work(tmp_path):
 
 
 @posix
-def test_what_dead_processes_left_goes_and_the_rest_stays(tmp_path, dead, monkeypatch):
-    kept = set()
-    for process in (os.getpid(), 1, 2**40):
-        alive = Written(tmp_path / "other.onnx").temp_path
-        alive = alive.with_name(alive.name.replace(f"-{os.getpid()}-", f"-{process}-"))
-        alive.touch()
-        kept.add(alive.name)
+def test_what_dead_processes_left_goes_and_the_rest_stays(tmp_path, monkeypatch):
+    living = unfinished(tmp_path / "other.onnx", location="other.data")
+    kept = set(contents(tmp_path))
     work = unfinished(tmp_path / "out.onnx")
-    part(work._name, "").mkdir()
-    (part(work._name, "") / "inside").touch()
+    work.temp_folder.mkdir()
+    (work.temp_folder / "inside").touch()
     work.temp_data.touch()
-    left_by(dead, work)
-    name = work._name.name.replace(f"-{os.getpid()}-", f"-{dead}-")
-    names = {"sub", name, *(f"{name}{suffix}" for suffix in (".new", ".data", ".claims"))}
-    for lookalike in (f".onnx-optshift-00000000-{dead}-{'0' * 12}.new", f"x{name}", f"{name}.old", f"{name}.new.new"):
+    die(work)
+    name = work._record.name
+    names = {"sub", name, *(f"{name}{suffix}" for suffix in (".new", ".data", ".folder"))}
+    elsewhere = f".onnx-optshift-{'0' * 8}-{'0' * 12}"
+    for lookalike in (elsewhere, f"{elsewhere}.new", f"x{name}", f"{name}.old", f"{name}.new.new"):
         (tmp_path / lookalike).touch()
         kept.add(lookalike)
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(leftovers.os, "readlink", lambda _: "pid:[another container]")
-        Written(tmp_path / "out.onnx")
-        assert {path.name for path in tmp_path.iterdir()} == names | kept
-    Written(tmp_path / "any other.onnx")
+    assert {path.name for path in tmp_path.iterdir()} == names | kept
+    Written(tmp_path / "any other.onnx").discard()
     assert {path.name for path in tmp_path.iterdir()} == kept
+    living.commit()
+    assert (tmp_path / "other.onnx").exists()
+
+
+@posix
+def test_locks_of_other_processes_count_until_they_die(tmp_path):
+    """Nobody waits for it, so that it is still in the list of processes when its lock is gone."""
+    code = (
+        "import sys, pathlib; from onnx_optshift.write.atomic import Written; "
+        "written = Written(pathlib.Path(sys.argv[1])); written.temp_path.touch(); print('ready', flush=True); input()"
+    )
+    words = [sys.executable, "-c", code, str(tmp_path / "out.onnx")]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        assert process.stdout.readline() == b"ready\n"
+        before = contents(tmp_path)
+        assert len(before) == 2
+        Written(tmp_path / "out.onnx").discard()
+        assert contents(tmp_path) == before  # it lives
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        Written(tmp_path / "out.onnx").discard()
+        assert not contents(tmp_path)
+
+
+@posix
+def test_without_locks_nothing_is_swept(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(atomic.fcntl, "flock", fail)
+    work = unfinished(tmp_path / "out.onnx")
+    before = contents(tmp_path)
+    Written(tmp_path / "out.onnx").discard()
+    assert contents(tmp_path) == before
+    work.commit()
+    assert set(contents(tmp_path)) == {"out.onnx", str(Path("sub", "out.data"))}
+
+
+@posix
+def test_a_sweep_that_comes_before_the_lock(tmp_path, monkeypatch):
+    lock, swept = atomic._lock, []
+
+    def late(file, *, wait):
+        if wait and not swept:
+            swept.append(Path(file.name))
+            with swept[0].open("r+b") as other:  # as a sweep does
+                lock(other, wait=False)
+                atomic.remove(swept[0])
+        lock(file, wait=wait)
+
+    monkeypatch.setattr(atomic, "_lock", late)
+    work = unfinished(tmp_path / "out.onnx")
+    assert work._record not in swept
+    assert work._record.exists()
+    work.discard()
 
 
 @posix
 @pytest.mark.parametrize("renamed", [False, True])
-def test_a_death_around_the_rename(renamed, tmp_path, dead):
+def test_a_death_around_the_rename(renamed, tmp_path):
     work = unfinished(tmp_path / "out.onnx")
     if renamed:
         os.replace(work.temp_path, work.final_path)
-    left_by(dead, work)
-    Written(tmp_path / "out.onnx")
+    die(work)
+    Written(tmp_path / "out.onnx").discard()
     assert set(contents(tmp_path)) == ({"out.onnx", str(Path("sub", "out.data"))} if renamed else set())
 
 
 @posix
-def test_claims_of_somebody_else_are_not_followed(tmp_path, dead, monkeypatch):
-    work = unfinished(tmp_path / "out.onnx")
-    left_by(dead, work)
+def test_records_of_somebody_else_are_not_followed(tmp_path, monkeypatch):
+    die(unfinished(tmp_path / "out.onnx"))
     before = contents(tmp_path)
     with monkeypatch.context() as other_user:
-        other_user.setattr(leftovers.os, "geteuid", lambda: os.getuid() + 1)
-        Written(tmp_path / "out.onnx")
+        other_user.setattr(atomic.os, "geteuid", lambda: os.getuid() + 1)
+        Written(tmp_path / "out.onnx").discard()
         assert contents(tmp_path) == before
-    Written(tmp_path / "out.onnx")
+    Written(tmp_path / "out.onnx").discard()
     assert not contents(tmp_path)
 
 
 @posix
-def test_a_claim_that_was_cut_off_does_not_count(tmp_path, dead):
+def test_a_claim_that_was_cut_off_does_not_count(tmp_path):
     work = unfinished(tmp_path / "out.onnx", location="out.data")
-    with part(work._name, leftovers.CLAIMS).open("a") as file:
-        file.write('["other", 12')
-    left_by(dead, work)
-    Written(tmp_path / "out.onnx")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="the state of a process is read from /proc")
-def test_a_process_whose_status_nobody_asked_for_is_dead(tmp_path):
-    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as process:
-        left_by(process.pid, unfinished(tmp_path / "out.onnx"))
-        Written(tmp_path / "out.onnx")
-        assert contents(tmp_path)  # it lives
-        assert process.stdin is not None
-        process.stdin.close()
-        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and still in the list of processes
-        Written(tmp_path / "out.onnx")
-        assert not contents(tmp_path)
-
-
-def test_a_folder_that_cannot_be_read_is_no_error(tmp_path):
-    assert Written(tmp_path / "none" / "out.onnx").temp_path.parent == tmp_path / "none"
-
-
-@posix
-def test_scratch_folders_of_the_dead_go_too(tmp_path, dead, monkeypatch):
-    monkeypatch.setattr(leftovers.tempfile, "gettempdir", lambda: str(tmp_path))
-    folder = scratch_folder()
-    (folder / "model.onnx").touch()
-    folder.rename(folder.with_name(folder.name.replace(f"-{os.getpid()}-", f"-{dead}-")))
-    assert [path.name for path in tmp_path.iterdir()] != [scratch_folder().name]
-    assert len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "other").touch()
+    work._file.write(b'["other", 12')
+    die(work)
+    Written(tmp_path / "out.onnx").discard()
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 # --- the journal ---
@@ -244,44 +254,38 @@ def test_an_empty_journal(record):
 
 def test_without_a_journal_nothing_is_recorded(tmp_path):
     with journal.stage("capture"):
-        journal.unfinished(tmp_path)
-    assert journal._file is None
-    assert journal._record == journal.Record()
+        journal.hidden(tmp_path)
+    assert journal._shared is None
+    assert journal.read() == journal.Record()
 
 
 def test_a_line_that_was_cut_off_does_not_count(record, tmp_path):
-    journal.unfinished(tmp_path / "whole")
-    os.write(journal._file, b'{"place": "during')
-    assert record().unfinished == [str(tmp_path / "whole")]
+    journal.hidden(tmp_path / "whole")
+    journal._shared.write(b'["stage", "during')
+    assert record().hidden == [str(tmp_path / "whole")]
 
 
-def test_a_journal_that_is_full_is_no_error(record, monkeypatch, tmp_path):
-    monkeypatch.setattr(journal, "_file", os.open("/dev/full", os.O_WRONLY) if os.path.exists("/dev/full") else 10**6)
-    assert Written(tmp_path / "out.onnx").temp_path.parent == tmp_path  # which is recorded too
-
-
-def test_a_python_without_nameless_files_in_memory(monkeypatch):
-    monkeypatch.delattr(os, "memfd_create", raising=False)  # as in builds for old systems
-    file = journal.open_new()
-    os.write(file, b'{"place": "during capture"}\n')
-    assert journal.read(file).place == "during capture"
-    os.close(file)
+def test_a_journal_that_is_full_is_no_error(record, tmp_path):
+    journal.hidden(tmp_path / "first")
+    journal._shared.write(b" " * (len(journal._shared) - journal._shared.tell() - 5))
+    Written(tmp_path / "out.onnx").discard()  # which is recorded too
+    assert not contents(tmp_path)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_come_back_whole_and_absolute(name, record, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    journal.unfinished(Path(name))
+    journal.hidden(Path(name))
     monkeypatch.chdir("/")
-    assert record().unfinished == [str(tmp_path / name)]
+    assert record().hidden == [str(tmp_path / name)]
 
 
 def test_stages_within_stages(record):
     with journal.stage("a"):
         with journal.stage("b"):
-            assert record().place == "during b"
-        assert record().place == "during a"
-    assert record().place == "after a"
+            assert record().stage == "during b"
+        assert record().stage == "during a"
+    assert record().stage == "after a"
 
 
 def test_what_was_placed_is_known_and_what_was_not_is_not(record, tmp_path, monkeypatch):
@@ -292,5 +296,5 @@ def test_what_was_placed_is_known_and_what_was_not_is_not(record, tmp_path, monk
         with pytest.raises(InputError, match="refused"):
             write_text(tmp_path / "report.json", "text")
     assert record().placed == [str(tmp_path / "out.onnx")]
-    assert len(record().unfinished) == 2
+    assert len(record().hidden) == 2
     assert digest(tmp_path / "sub" / "out.data")

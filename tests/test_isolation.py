@@ -267,7 +267,8 @@ def test_without_a_second_process_it_runs_here(lacking, monkeypatch):
     if lacking == "safe forks":
         monkeypatch.setattr(sys, "platform", "darwin")
     else:
-        monkeypatch.setattr(*{"processes": (os, "fork"), "files": (journal, "open_new")}[lacking], fail)
+        monkeypatch.setattr(*{"processes": (os, "fork"), "files": (journal, "share")}[lacking], fail)
+    monkeypatch.setattr(journal, "_shared", None)  # as it was, afterwards
     here = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getsignal(signal.SIGTERM)
     assert isolation.run_isolated(lambda: here.append(os.getpid()) or 5) == 5

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-OLD = b"the old file"
+OLD = b"\x08the old file"  # begins as models do: others are not replaced
 LAST_PART = 0.7  # of a run's time: from here on files are written
 CASES = ("old", "absent", "old, external data")
 VICTIMS = ("waiting", "working", "both")

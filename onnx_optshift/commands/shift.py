@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -24,8 +25,7 @@ from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.capture import captured, objective_of
 from onnx_optshift.run.prepare import NO_HELDOUT, Prepared, prepare
 from onnx_optshift.settings import Settings
-from onnx_optshift.write.atomic import check_target
-from onnx_optshift.write.leftovers import remove, scratch_folder
+from onnx_optshift.write.atomic import Written, check_target, system_errors
 from onnx_optshift.write.patch import write_beside
 
 if TYPE_CHECKING:
@@ -115,9 +115,11 @@ def run(
 
 def _hidden(stack: ExitStack, prepared: Prepared) -> Path:
     """A place that vanishes with the stack, for a model that is not to be kept."""
-    folder = scratch_folder()
-    stack.callback(remove, folder)
-    return folder / (prepared.model.path.name if prepared.model.path else "model.onnx")
+    target = Path(tempfile.gettempdir(), prepared.model.path.name if prepared.model.path else "model.onnx")
+    with system_errors(target):
+        folder = stack.enter_context(Written(target)).temp_folder
+        folder.mkdir(0o700)
+    return folder / target.name
 
 
 def _report(found: Findings, clock: Clock, warnings: tuple[str, ...]) -> Report:

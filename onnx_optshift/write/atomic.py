@@ -1,36 +1,50 @@
-"""Files that appear whole or not at all: written beside their final place under a work name, then renamed.
+"""Files that appear whole or not at all: written beside their final place under a hidden name, then renamed.
 
-External data must lie in its model's folder, and the ONNX checker refuses hard links. So for a model to be loaded and
-tried before its commit, its data files get their final names early. Those hold a hash of the content, and nobody refers
-to them before the model is in place.
+External data must lie in its model's folder, may not be a link, and much of it may be shared with the original. So a
+model can only be loaded and tried where it is going to be, under another name, with its new data files in their final
+places. Their names hold a hash of the content, and nobody refers to them before the model is in place.
+
+A hidden name has a record, made first and removed last, which lists those data files before they get there. It is
+locked as long as its process lives. What a run cannot remove itself (a crash, a kill) is removed by the process that
+waits for it; what that cannot (a power cut), by the next run that finds the record without its lock.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import json
+import mmap
 import os
 import re
+import secrets
+import shutil
 import stat
+import sys
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Final, Self
+from typing import IO, Final, Self
 
 from onnx_optshift import journal
 from onnx_optshift.errors import InputError
-from onnx_optshift.write import leftovers
 
+if sys.platform != "win32":
+    import fcntl
+
+_HOST = os.uname().nodename if sys.platform != "win32" else ""
+# Locks say nothing about processes on other machines, whose unfinished files are none of our business.
+_PREFIX: Final = f".onnx-optshift-{zlib.crc32(_HOST.encode('utf-8', 'surrogateescape')):08x}-"
 _HASH: Final = 16  # hexadecimal digits of SHA-256
 _LONGEST_NAME: Final = 255  # bytes, on nearly every file system
+# Protobuf allows no larger message, so a larger file is no model.
+_LARGEST_MODEL: Final = 2**31
 _FREE = "Free some space, or choose another output path."
 _ALLOWED = "Choose a folder that you may write to."
 _HINTS: Final = {
-    errno.ENOSPC: _FREE,
-    errno.EDQUOT: _FREE,
-    errno.EACCES: _ALLOWED,
-    errno.EPERM: _ALLOWED,
-    errno.EROFS: _ALLOWED,
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), _FREE),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _ALLOWED),
 }
 
 
@@ -38,31 +52,36 @@ class Written:
     """A file that is not in its final place yet, with the data files that it refers to. Discarded unless committed.
 
     Attributes:
-        temp_path: The file, in its final folder; gone after `commit` or `discard`.
+        temp_path: The file, in its final folder; the caller writes it.
         temp_data: Where a data file is written, for `place_data`.
+        temp_folder: For what is not to be kept; the caller makes it.
         final_path: Where `commit` puts the file.
     """
 
     def __init__(self, final_path: Path) -> None:
-        """Takes a work name; the caller writes `temp_path`."""
-        self._name = leftovers.work_name(final_path.parent)
-        self.temp_path = leftovers.part(self._name, leftovers.FILE)
-        self.temp_data = leftovers.part(self._name, leftovers.DATA)
         self.final_path = final_path
-        self._open = True
+        _sweep(final_path.parent)
+        while True:
+            self._record = final_path.parent / f"{_PREFIX}{secrets.token_hex(6)}"
+            journal.hidden(self._record)
+            self._file = self._record.open("xb", buffering=0)
+            with suppress(OSError):  # a file system without locks: then it is never swept
+                _lock(self._file, wait=True)
+            if os.fstat(self._file.fileno()).st_nlink:
+                break
+            self._file.close()  # somebody's sweep has come between
+        self.temp_path, self.temp_data, self.temp_folder = _parts(self._record)
         self._data_folders: set[Path] = set()
 
     def place_data(self, location: str) -> None:
-        """Gives the file at `temp_data` its final name, or drops it where an equal one is.
-
-        Args:
-            location: The final name, relative to the model's folder.
+        """Gives the file at `temp_data` its final name, relative to the model's folder; drops it if an equal one is.
 
         Raises:
             InputError: A file of other content has that name.
             OSError: The system refuses.
         """
-        final = self.final_path.parent / location
+        home = self.final_path.parent
+        final = home / location
         if final.exists():
             if digest(final) != digest(self.temp_data):
                 raise InputError(
@@ -74,9 +93,9 @@ class Written:
         _sync(self.temp_data)
         for folder in reversed(final.parents):
             if not folder.exists():
-                leftovers.claim(self._name, folder.relative_to(self.final_path.parent).as_posix())
+                self._claim(folder.relative_to(home).as_posix())
                 folder.mkdir()
-        leftovers.claim(self._name, location)
+        self._claim(location)
         os.replace(self.temp_data, final)
         self._data_folders.add(final.parent)
 
@@ -88,7 +107,7 @@ class Written:
         Raises:
             InputError: The system refuses; nothing is left behind.
         """
-        if not self._open:
+        if self._file.closed:
             return
         try:
             with system_errors(self.final_path):
@@ -99,29 +118,105 @@ class Written:
                 _sync(self.temp_path)
                 # The names of the data files must be on disk before a model refers to them.
                 for folder in self._data_folders:
-                    _sync_folder(folder)
-                journal.placing(self.temp_path, self.final_path)
+                    _sync(folder)
+                journal.renaming(self.temp_path, self.final_path)
                 os.replace(self.temp_path, self.final_path)
-                leftovers.part(self._name, leftovers.CLAIMS).unlink(missing_ok=True)
-                _sync_folder(self.final_path.parent)
-            for path in replaced:
-                with suppress(OSError):
-                    if path.name == data_name(self.final_path, digest(path)):
-                        leftovers.remove_unneeded(path.parent, path.name)
+                self._file.truncate(0)  # it has no claims any more
+                _sync(self.final_path.parent)
         finally:
             self.discard()
+        for path in replaced:
+            with suppress(OSError):
+                if path.name == data_name(self.final_path, digest(path)):
+                    _remove_unneeded(path.parent, path.name)
 
     def discard(self) -> None:
         """Removes everything that was written. Does nothing once committed."""
-        if self._open:
-            self._open = False
-            leftovers.remove(self._name)
+        if not self._file.closed:
+            self._file.close()
+            remove(self._record)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.discard()
+
+    def _claim(self, location: str) -> None:
+        """Notes in the record that the data file, or a folder for it, is about to be put there."""
+        status = self.temp_data.stat()
+        # A rename keeps both numbers, and what somebody else puts in its place has others.
+        self._file.write(json.dumps([location, status.st_ino, status.st_mtime_ns]).encode() + b"\n")
+
+
+def remove(record: Path) -> None:
+    """Removes all there is of a hidden name, and what its record claims unless another file mentions it by then."""
+    *files, folder = _parts(record)
+    for path in files:
+        with suppress(OSError):
+            path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        for line in reversed(record.read_bytes().splitlines()):
+            with suppress(OSError, ValueError):  # it was not made, is not empty, or may be needed; or half a line
+                location, inode, modified = json.loads(line)
+                path = record.parent / location
+                if path.is_dir():
+                    path.rmdir()
+                elif (path.stat().st_ino, path.stat().st_mtime_ns) == (inode, modified):
+                    _remove_unneeded(record.parent, location, record, modified)
+        record.unlink()
+
+
+def _remove_unneeded(folder: Path, location: str, record: Path | None = None, since: int = 0) -> None:
+    """Removes a data file unless a file in its models' folder mentions it: a copy of the model, or another run's.
+
+    External data is only ever found in a model's own folder, so models elsewhere cannot need it. Files that have not
+    changed since then [ns] cannot mention what was not there. Where a file cannot be read the data stays.
+    """
+    data, mention = folder / location, location.encode("utf-8", "surrogateescape")
+    for other in folder.iterdir():
+        with suppress(FileNotFoundError):  # gone by now, or a link that leads nowhere
+            status = other.stat()
+            if max(status.st_mtime_ns, status.st_ctime_ns) >= since and other not in {data, record}:
+                with _content(other) as text:
+                    if text.find(mention) >= 0:
+                        return
+    data.unlink()
+
+
+@contextmanager
+def _content(path: Path) -> Iterator[mmap.mmap | bytes]:
+    """What a file holds, mapped; nothing for what cannot be a model."""
+    if not path.is_file() or not 0 < path.stat().st_size < _LARGEST_MODEL:
+        yield b""
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        yield mapped
+
+
+def _parts(record: Path) -> list[Path]:
+    """What may exist of a hidden name beside its record: the file, a data file that is being written, a folder."""
+    return [record.with_name(record.name + suffix) for suffix in (".new", ".data", ".folder")]
+
+
+def _lock(file: IO[bytes], *, wait: bool) -> None:
+    """Holds a file as long as it is open, or fails where another process does, or the file system has no locks."""
+    if sys.platform != "win32":
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what dead processes have left. Of this user only: nobody else's record may have us remove a file."""
+    if sys.platform == "win32":  # nothing is locked there
+        return
+    pattern = re.compile(re.escape(_PREFIX) + "[0-9a-f]{12}")
+    with suppress(OSError):
+        for path in list(folder.iterdir()):
+            if pattern.fullmatch(path.name) and path.lstat().st_uid == os.geteuid():
+                with suppress(OSError), path.open("r+b") as file:
+                    _lock(file, wait=False)
+                    remove(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -144,7 +239,7 @@ def data_name(out: Path, content: str) -> str:
 def data_files(out: Path) -> list[Path]:
     """Data files with names of ours that the file at `out` mentions; none where it cannot be read."""
     names: set[bytes] = set()
-    with suppress(OSError), leftovers.content(out) as content:
+    with suppress(OSError), _content(out) as content:
         names.update(re.findall(re.escape(_stem(out).encode()) + rb"\.[0-9a-f]{%d}\.data" % _HASH, content))
     return [path for name in names if (path := out.with_name(name.decode())).exists()]
 
@@ -156,11 +251,7 @@ def _stem(out: Path) -> str:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal.
-
-    Raises:
-        OSError: It cannot be read.
-    """
+    """SHA-256 of a file's content, hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -201,18 +292,10 @@ def _refused(path: Path, number: int | None, reason: str) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file's content is on disk."""
-    descriptor = os.open(path, os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on disk, where the system can do that."""
-    with suppress(OSError):  # Windows opens no folders, and some file systems do not sync them
-        descriptor = os.open(folder, os.O_RDONLY)
+    """Waits until a file's content is on disk, or the names in a folder where the system can do that."""
+    folder = path.is_dir()
+    with suppress(OSError) if folder else nullcontext():  # Windows opens no folders, some file systems sync none
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
         try:
             os.fsync(descriptor)
         finally:
