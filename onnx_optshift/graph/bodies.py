@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Final
 
 import onnx
@@ -76,7 +77,7 @@ def flattened(proto: onnx.ModelProto) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     if renamed:
-        _rename(copy.graph, iter(names), {})
+        rename(copy.graph, iter(names), {})
     if not copy.functions:
         return copy
     try:
@@ -94,69 +95,54 @@ def can_expose(op_type: str, domain: str, opset: int) -> bool:
     return not domain and (op_type in {"If", "Loop"} or (op_type == "Scan" and opset >= _SCAN_SINCE))
 
 
-def expose(graph: onnx.GraphProto, wanted: Mapping[str, Inside]) -> None:
-    """Hands values of bodies out as values of the main graph, in place.
+def expose(main: onnx.GraphProto, wanted: Mapping[str, Inside]) -> None:
+    """Hands values of bodies out as values of the main graph of a flattened model, in place, under these names.
 
     Iterations of a Loop or Scan are stacked along a new first axis. A branch of an If that is not taken brings an
     empty tensor `[0]`.
-
-    Args:
-        graph: The main graph, of a model from `flattened`.
-        wanted: Where the values are, by the name that the main graph is to have them under.
     """
-    _Exposure(wanted).into(graph, 0)
+    tops = {inside.value: name for name, inside in wanted.items()}
+    element_types = {inside.value: inside.element_type for inside in wanted.values()}
+    numbers = count(1)
 
+    def fresh(value: str) -> str:
+        return f"{tops[value]}@{next(numbers)}"
 
-class _Exposure:
-    """Values to hand out: the name at the top and the element type, by name in their body."""
-
-    def __init__(self, wanted: Mapping[str, Inside]) -> None:
-        self.wanted = {place.value: (name, place.element_type) for name, place in wanted.items()}
-        self._fresh = 0
-
-    def into(self, graph: onnx.GraphProto, depth: int) -> dict[str, str]:
-        """Adds outputs to bodies and to the nodes that own them; gives the names that wanted values now have here."""
-        here: dict[str, str] = {}
-        for node in graph.node:
-            found = [self._out_of(body, depth + 1) for body in bodies(node)]
-            every = list(dict.fromkeys(value for values in found for value in values))
-            if not every:
-                continue
-            for body, values in zip(bodies(node), found, strict=True):
-                for value in every:
-                    body.output.add(name=values.get(value) or self._nothing(body, value))
-            # Trailing outputs may be left out of a node, but not of its body.
-            missing = len(next(bodies(node)).output) - len(every) - len(node.output) - (node.op_type == "Loop")
-            node.output.extend([""] * missing)
-            for value in every:
-                here[value] = self.wanted[value][0] if depth == 0 else self._name(value)
-                node.output.append(here[value])
-            for attribute in node.attribute:
-                if attribute.name in ("scan_output_axes", "scan_output_directions"):
-                    attribute.ints.extend([0] * len(every))
-        return here
-
-    def _out_of(self, body: onnx.GraphProto, depth: int) -> dict[str, str]:
-        """The names under which a body can hand out what it and its own bodies hold."""
-        names = self.into(body, depth)
-        for value in dict.fromkeys(_computed(body)):
-            if value in self.wanted:
-                # A copy: the value may be an input of the body, or among its outputs already.
-                names[value] = self._name(value)
-                body.node.add(op_type="Identity", input=[value], output=[names[value]])
-        return names
-
-    def _nothing(self, body: onnx.GraphProto, value: str) -> str:
+    def nothing(body: onnx.GraphProto, value: str) -> str:
         """What the other branch of an If hands out: no rows, of the same element type."""
-        name = self._name(value)
-        empty = onnx.TensorProto(data_type=self.wanted[value][1], dims=[0], raw_data=b"")
+        name = fresh(value)
+        empty = onnx.TensorProto(data_type=element_types[value], dims=[0], raw_data=b"")
         node = body.node.add(op_type="Constant", output=[name])
         node.attribute.append(onnx.helper.make_attribute("value", empty))
         return name
 
-    def _name(self, value: str) -> str:
-        self._fresh += 1
-        return f"{self.wanted[value][0]}@{self._fresh}"
+    def into(graph: onnx.GraphProto) -> dict[str, str]:
+        """Adds outputs to bodies and to the nodes that own them; gives the names that wanted values now have here."""
+        here: dict[str, str] = {}
+        for node in graph.node:
+            found = [into(body) for body in bodies(node)]
+            every = list(dict.fromkeys(value for values in found for value in values))
+            if not every:
+                continue
+            for body, values in zip(bodies(node), found, strict=True):
+                body_outputs = [values.get(value) or nothing(body, value) for value in every]
+                body.output.extend(onnx.ValueInfoProto(name=name) for name in body_outputs)
+            # Trailing outputs may be left out of a node, but not of its body.
+            missing = len(next(bodies(node)).output) - len(every) - len(node.output) - (node.op_type == "Loop")
+            node.output.extend([""] * missing)
+            here |= {value: tops[value] if graph is main else fresh(value) for value in every}
+            node.output.extend(here[value] for value in every)
+            for attribute in node.attribute:
+                if attribute.name in ("scan_output_axes", "scan_output_directions"):
+                    attribute.ints.extend([0] * len(every))
+        for value in dict.fromkeys(_computed(graph)) if graph is not main else ():
+            if value in tops:
+                # A copy: the value may be an input of the body, or among its outputs already.
+                here[value] = fresh(value)
+                graph.node.add(op_type="Identity", input=[value], output=[here[value]])
+        return here
+
+    into(main)
 
 
 def _computed(graph: onnx.GraphProto) -> Iterator[str]:
@@ -172,20 +158,22 @@ def _defined(graph: onnx.GraphProto) -> Iterator[str]:
     yield from (tensor.values.name for tensor in graph.sparse_initializer)
 
 
-def _rename(graph: onnx.GraphProto, scopes: Iterator[dict[str, str]], outer: Mapping[str, str]) -> None:
+def rename(graph: onnx.GraphProto, scopes: Iterator[Mapping[str, str]], outer: Mapping[str, str]) -> None:
+    """Renames values in place: those that a graph and its bodies define, scope by scope, and those from outside."""
     names = {**outer, **next(scopes)}
-
-    def new(name: str) -> str:
-        return names.get(name, name)
-
     for value in (*graph.input, *graph.output, *graph.value_info):
-        value.name = new(value.name)
+        value.name = names.get(value.name, value.name)
     for tensor in (*graph.initializer, *(sparse.values for sparse in graph.sparse_initializer)):
-        tensor.name = new(tensor.name)
+        tensor.name = names.get(tensor.name, tensor.name)
     for annotation in graph.quantization_annotation:
-        annotation.tensor_name = new(annotation.tensor_name)
+        annotation.tensor_name = names.get(annotation.tensor_name, annotation.tensor_name)
     for node in graph.node:
-        node.input[:] = [new(name) for name in node.input]
-        node.output[:] = [new(name) for name in node.output]
-        for body in bodies(node):
-            _rename(body, scopes, names)
+        rename_node(node, scopes, names)
+
+
+def rename_node(node: onnx.NodeProto, scopes: Iterator[Mapping[str, str]], names: Mapping[str, str]) -> None:
+    """The same for one node."""
+    node.input[:] = [names.get(name, name) for name in node.input]
+    node.output[:] = [names.get(name, name) for name in node.output]
+    for body in bodies(node):
+        rename(body, scopes, names)

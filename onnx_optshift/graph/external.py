@@ -9,26 +9,20 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import numpy as np
 import onnx
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
 from onnx_optshift.errors import InputError
-from onnx_optshift.graph.tensors import inline_bytes, is_external, raw_size, stored_dtype
+from onnx_optshift.graph.tensors import inline_array, is_external, raw_size
 
 
 @dataclass(frozen=True)
 class Span:
-    """Bytes of one tensor in an external file.
+    """Bytes of one tensor in an external file."""
 
-    Attributes:
-        path: The file, inside the model's folder.
-        location: Its name as the model spells it.
-        offset: First byte.
-        length: Number of bytes.
-    """
-
-    path: Path
-    location: str
-    offset: int
-    length: int
+    path: Path  # the file, inside the model's folder
+    location: str  # its name as the model spells it
+    offset: int  # bytes before the first
+    length: int  # bytes
 
     def overlaps(self, other: Span) -> bool:
         """Whether two spans share bytes."""
@@ -37,17 +31,10 @@ class Span:
 
 
 def locate(tensor: onnx.TensorProto, folder: Path | None) -> Span:
-    """Resolves and checks the external reference of a tensor.
+    """The place of an external payload of a model in `folder`, known to lie within an existing file.
 
     A model is data, and data must not decide which files of the system are read: only regular files inside the
     model's own folder are, symbolic links resolved first.
-
-    Args:
-        tensor: A tensor whose payload is external.
-        folder: The model's folder.
-
-    Returns:
-        The span, known to lie within an existing file.
 
     Raises:
         InputError: The reference is malformed, leaves the folder, or names bytes that are not there.
@@ -68,7 +55,6 @@ def locate(tensor: onnx.TensorProto, folder: Path | None) -> Span:
             f"{what}: external data at the absolute path {location!r} is refused. "
             "Put the file beside the model and refer to it by its relative name."
         )
-    path = folder / location
     length = raw_size(tensor)
     offset = _number(entries.get("offset", "0"), what, "offset")
     stated = _number(entries.get("length") or str(length), what, "length")
@@ -77,10 +63,10 @@ def locate(tensor: onnx.TensorProto, folder: Path | None) -> Span:
             f"{what}: external length is {stated} bytes, but its type and shape {list(tensor.dims)} need {length}. "
             "Export the model again."
         )
+    path = folder / location
     try:
         resolved, home = path.resolve(), folder.resolve()
-        inside = resolved.is_relative_to(home)
-        status = resolved.stat() if inside else None
+        status = resolved.stat() if resolved.is_relative_to(home) else None
     except FileNotFoundError as error:
         raise InputError(
             f"{what}: external data file {location!r} not found in {folder}. Put it beside the model."
@@ -102,34 +88,22 @@ def locate(tensor: onnx.TensorProto, folder: Path | None) -> Span:
     return Span(resolved, location, offset, length)
 
 
-def external_array(tensor: onnx.TensorProto, folder: Path | None) -> NDArray[np.generic]:
-    """The external payload as a read-only view of its file, in the tensor's dtype and shape: nothing is loaded.
-
-    Raises:
-        InputError: The reference cannot be resolved, or the file cannot be mapped.
-    """
-    span = locate(tensor, folder)
-    shape, dtype = tuple(tensor.dims), stored_dtype(tensor)
-    if span.length == 0:
-        return np.zeros(shape, dtype)  # an empty span cannot be mapped
-    try:
-        return np.memmap(span.path, dtype, mode="r", offset=span.offset, shape=shape)
-    except (OSError, ValueError) as error:
-        raise InputError(f"tensor {tensor.name!r}: cannot map external data {span.path}: {error}.") from error
-
-
 def payload(tensor: onnx.TensorProto, folder: Path | None) -> NDArray[np.uint8]:
     """A tensor's raw little-endian bytes `[n]`, wherever they are; those of an external file are mapped, not loaded.
 
     Raises:
-        InputError: They are not where the tensor says, or do not fit its dims and type.
+        InputError: They are not where the tensor says, cannot be mapped, or do not fit its dims and type.
     """
     if not is_external(tensor):
-        return np.frombuffer(inline_bytes(tensor), np.uint8)
+        raw = tensor.raw_data if tensor.HasField("raw_data") else numpy_helper.from_array(inline_array(tensor)).raw_data
+        return np.frombuffer(raw, np.uint8)
     span = locate(tensor, folder)
     if span.length == 0:
         return np.zeros(0, np.uint8)  # an empty span cannot be mapped
-    return np.memmap(span.path, np.uint8, mode="r", offset=span.offset, shape=(span.length,))
+    try:
+        return np.memmap(span.path, np.uint8, mode="r", offset=span.offset, shape=(span.length,))
+    except (OSError, ValueError) as error:
+        raise InputError(f"tensor {tensor.name!r}: cannot map external data {span.path}: {error}.") from error
 
 
 def _number(text: str, what: str, key: str) -> int:

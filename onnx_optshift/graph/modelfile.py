@@ -2,15 +2,14 @@
 
 Parsing, the ONNX checker and graph import meet files from anywhere, so whatever goes wrong in them becomes one
 `InputError` here; behind this edge a model is well-formed.
-
-onnx-graphsurgeon reads the graph and not onnx-ir, which (1.1.0) refuses models with values of a map type (what
-scikit-learn classifiers hand out) or with sparse constants, and does not see sparse initializers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,10 +21,10 @@ from numpy.typing import NDArray
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from onnx_optshift.errors import InputError, closest
-from onnx_optshift.graph.bodies import flattened
-from onnx_optshift.graph.external import external_array, locate
+from onnx_optshift.graph.bodies import flattened, graphs
+from onnx_optshift.graph.external import locate, payload
 from onnx_optshift.graph.scopes import Scopes
-from onnx_optshift.graph.tensors import all_tensors, inline_array, is_external, owned_tensors
+from onnx_optshift.graph.tensors import all_tensors, inline_array, is_external, owned_tensors, stored_dtype
 
 _logger = logging.getLogger(__name__)
 
@@ -41,36 +40,22 @@ _LEFT_TO_THE_RUNTIME = (
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input of a model.
-
-    Attributes:
-        name: Its name.
-        dtype: Element type; None for inputs that are no tensors.
-        shape: A number, a symbol or None (unknown) per axis; None when even the rank is unknown, or it is no tensor.
-    """
+    """An input of a model."""
 
     name: str
-    dtype: np.dtype[np.generic] | None
-    shape: tuple[int | str | None, ...] | None
+    dtype: np.dtype[np.generic] | None  # of its elements; None for inputs that are no tensors
+    shape: tuple[int | str | None, ...] | None  # a number, a symbol or None (unknown) per axis; None: unknown rank
 
 
 @dataclass(frozen=True, eq=False)
 class ModelFile:
-    """A checked model. External tensors stay in their files.
+    """A checked model. External tensors stay in their files."""
 
-    Attributes:
-        path: The file it came from; None for a model given as an object.
-        proto: The model; never changed.
-        folder: Where external data is looked for; None for a model given as an object.
-        sha256: Of the file, or of the serialized object.
-        size: Bytes of the file, or of the serialized object, and of external tensors.
-    """
-
-    path: Path | None
-    proto: onnx.ModelProto
-    folder: Path | None
-    sha256: str
-    size: int
+    path: Path | None  # the file it came from; None for a model given as an object
+    proto: onnx.ModelProto  # never changed
+    folder: Path | None  # where external data is looked for; None for a model given as an object
+    sha256: str  # of the file, or of the serialized object
+    size: int  # bytes of the file, or of the serialized object, and of external tensors
 
     @classmethod
     def load(cls, source: str | Path | onnx.ModelProto) -> ModelFile:
@@ -80,21 +65,22 @@ class ModelFile:
             InputError: It cannot be read, is not ONNX, is damaged, too new, or its external data is not in place.
         """
         if isinstance(source, onnx.ModelProto):
-            where, path, proto = "the model object", None, source
-            data = _serialized(source, where)
+            path, where, proto = None, "the model object", source
+            with _refusing(f"{where}: cannot be serialized", "Above 2 GiB, save it as external data and give its path"):
+                data = bytes(proto.SerializeToString())
         else:
             path = Path(source)
-            where = str(path)
-            data = _read(path)
-            proto = _parsed(data, where)
+            where, data, proto = str(path), _read(path), onnx.ModelProto()
+            with _refusing(f"{where}: not an ONNX model, or cut short", "Give a complete .onnx file"):
+                proto.ParseFromString(data)
         digest = hashlib.sha256(data).hexdigest()
-        _check_versions(proto, where)
+        _check_header(proto, where)
         folder = path.parent if path is not None else None
         external = [locate(tensor, folder).length for tensor in all_tensors(proto) if is_external(tensor)]
         # By path when there is external data: the checker then finds it, and no second copy of the file is made.
         _check(str(path) if external else _with_graph_name(data, proto), where)
         model = cls(path, proto, folder, digest, len(data) + sum(external))
-        _check_names(model)  # imports the graph too: one that cannot be read is an error of the file
+        model._check_names()  # imports the graph too: one that cannot be read is an error of the file
         return model
 
     @property
@@ -105,10 +91,7 @@ class ModelFile:
     @property
     def opset(self) -> int:
         """Version of the standard operators; 0 when the model imports none of them."""
-        if self.ir_version < 3:
-            return 1  # before opset imports existed
-        versions = [entry.version for entry in self.proto.opset_import if entry.domain in ("", "ai.onnx")]
-        return max(versions, default=0)
+        return _opset(self.proto)
 
     @property
     def ir_version(self) -> int:
@@ -148,77 +131,81 @@ class ModelFile:
         # graphsurgeon prints to the terminal by itself.
         severity, G_LOGGER.severity = G_LOGGER.severity, G_LOGGER.CRITICAL + 1
         try:
-            return Scopes(gs.import_onnx(self.flat))
-        except Exception as error:
-            raise InputError(
-                f"{self.where}: the graph cannot be read ({_short(error)}). Export the model again."
-            ) from error
+            with _refusing(f"{self.where}: the graph cannot be read", "Export the model again"):
+                return Scopes(gs.import_onnx(self.flat))
         finally:
             G_LOGGER.severity = severity
+
+    def tensor(self, name: str) -> onnx.TensorProto:
+        """One of `tensors`.
+
+        Raises:
+            InputError: There is no such tensor.
+        """
+        if name not in self.tensors:
+            raise InputError(f"{self.where}: no initializer {name!r}.{closest(name, list(self.tensors))}")
+        return self.tensors[name]
 
     def initializer(self, name: str) -> NDArray[np.generic]:
         """One of `tensors` in its own dtype (bfloat16 as ml_dtypes' type) and shape; external ones mapped, not loaded.
 
-        Raises:
-            InputError: There is no such tensor, or its data is damaged.
+        Raises InputError where there is no such tensor, or its data is damaged.
         """
-        tensor = self.tensors.get(name)
-        if tensor is None:
-            raise InputError(f"{self.where}: no initializer {name!r}.{closest(name, list(self.tensors))}")
-        return external_array(tensor, self.folder) if is_external(tensor) else inline_array(tensor)
+        tensor = self.tensor(name)
+        if not is_external(tensor):
+            return inline_array(tensor)
+        return payload(tensor, self.folder).view(stored_dtype(tensor)).reshape(tuple(tensor.dims))
+
+    def _check_names(self) -> None:
+        # Protobuf hands out bytes for what is not UTF-8.
+        nodes = self.scopes.nodes
+        names = [value.name for node in nodes for value in (node, *node.inputs, *node.outputs)]
+        names += [text for node in nodes for text in (node.op, node.domain or "")]
+        for graph in graphs(self.flat.graph):
+            names += [part.name for part in (*graph.input, *graph.output, *graph.initializer)]
+        wrong = next((name for name in names if not isinstance(name, str)), None)
+        if wrong is not None:
+            raise InputError(
+                f"{self.where}: the name {wrong!r} is not UTF-8 text. The file is damaged; export it again."
+            )
+
+
+@contextmanager
+def _refusing(what: str, advice: str) -> Iterator[None]:
+    # Makes one InputError of whatever goes wrong inside.
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"{what}: {_short(error)}. {advice}.") from error
 
 
 def _read(path: Path) -> bytes:
     try:
         data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file. Give the path of an ONNX model.") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path}: is a directory. Give the path of an ONNX model in it.") from error
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}.") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"{path}: {reason.lower()}. Give the path of an ONNX model.") from error
     if not data:
         raise InputError(f"{path}: the file is empty. Give the path of an ONNX model.")
     return data
 
 
-def _parsed(data: bytes, where: str) -> onnx.ModelProto:
-    proto = onnx.ModelProto()
-    try:
-        proto.ParseFromString(data)
-    except Exception as error:
-        raise InputError(
-            f"{where}: not an ONNX model, or cut short ({_short(error)}). Give a complete .onnx file."
-        ) from error
+def _opset(proto: onnx.ModelProto) -> int:
+    if proto.ir_version < 3:
+        return 1  # before opset imports existed
+    return max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
+
+
+def _check_header(proto: onnx.ModelProto, where: str) -> None:
     if not proto.HasField("graph"):
-        raise InputError(f"{where}: not an ONNX model: it has no graph. Give a complete .onnx file.")
-    return proto
-
-
-def _serialized(proto: onnx.ModelProto, where: str) -> bytes:
-    if not proto.HasField("graph"):
-        raise InputError(f"{where}: it has no graph. Give a complete onnx.ModelProto.")
-    try:
-        return bytes(proto.SerializeToString())
-    except Exception as error:
-        raise InputError(
-            f"{where}: cannot be serialized ({_short(error)}). Above 2 GiB, save it with external "
-            "data and give its path."
-        ) from error
-
-
-def _check_versions(proto: onnx.ModelProto, where: str) -> None:
-    if proto.ir_version > onnx.IR_VERSION:
-        raise InputError(
-            f"{where}: IR version {proto.ir_version} is newer than {onnx.IR_VERSION}, the newest that onnx "
-            f"{onnx.__version__} supports. Update onnx, or export the model with an older version."
-        )
-    newest = onnx.defs.onnx_opset_version()
-    for entry in proto.opset_import:
-        if entry.domain in ("", "ai.onnx") and entry.version > newest:
+        raise InputError(f"{where}: not an ONNX model: it has no graph. Give a complete model.")
+    newest_opset = onnx.defs.onnx_opset_version()
+    versions = (("IR version", proto.ir_version, int(onnx.IR_VERSION)), ("opset", _opset(proto), newest_opset))
+    for what, version, newest in versions:
+        if version > newest:
             raise InputError(
-                f"{where}: opset {entry.version} is newer than {newest}, the newest that onnx {onnx.__version__} "
-                "supports. Update onnx, or export the model with an older opset."
+                f"{where}: {what} {version} is newer than {newest}, the newest that onnx {onnx.__version__} supports. "
+                "Update onnx, or export the model with an older version."
             )
 
 
@@ -231,27 +218,14 @@ def _with_graph_name(data: bytes, proto: onnx.ModelProto) -> bytes:
     return data + bytes(name.SerializeToString())  # protobuf reads this as one message
 
 
-def _check_names(model: ModelFile) -> None:
-    # Protobuf hands out bytes for what is not UTF-8.
-    graph = model.flat.graph
-    names = [value.name for value in (*graph.input, *graph.output, *graph.initializer)]
-    for node in model.scopes.nodes:
-        names += [node.name, node.op, node.domain or "", *(value.name for value in (*node.inputs, *node.outputs))]
-    wrong = next((name for name in names if not isinstance(name, str)), None)
-    if wrong is not None:
-        raise InputError(f"{model.where}: the name {wrong!r} is not UTF-8 text. The file is damaged; export it again.")
-
-
 def _check(model: bytes | str, where: str) -> None:
-    try:
-        onnx.checker.check_model(model)
-    except Exception as error:
-        if any(known in str(error) for known in _LEFT_TO_THE_RUNTIME):
+    with _refusing(f"{where}: the ONNX checker refuses the model", "Export the model again"):
+        try:
+            onnx.checker.check_model(model)
+        except Exception as error:
+            if not any(known in str(error) for known in _LEFT_TO_THE_RUNTIME):
+                raise
             _logger.info("%s: left to the runtime: %s", where, _short(error))
-            return
-        raise InputError(
-            f"{where}: the ONNX checker refuses the model: {_short(error)}. Export the model again."
-        ) from error
 
 
 def _short(error: Exception) -> str:

@@ -20,19 +20,17 @@ _OVERRIDABLE_SINCE: Final = 4
 def probe_model(model: ModelFile, values: Sequence[str | Tap], overridable: Sequence[str] = ()) -> bytes:
     """A serialized copy of the model with more outputs and with weights that can be fed.
 
-    External tensors stay references: the runtime must be told the model's folder.
-
-    Args:
-        model: The model.
-        values: Values of the main graph, or taps anywhere, to expose as outputs after the model's own. Those that are
-            outputs already are not added again, and graph inputs are left out: their values are in the feeds.
-        overridable: Names in `model.tensors` to turn into inputs with a default value.
+    `values`, of the main graph or taps anywhere, become outputs after the model's own; those that are outputs already
+    are not added again, and graph inputs are left out: their values are in the feeds. `overridable` are names in
+    `model.tensors`; they become inputs with a default value. External tensors stay references: the runtime must be
+    told the model's folder.
 
     Raises:
         InputError: A name is unknown, or the copy exceeds what protobuf can serialize.
     """
     graph = model.flat.graph
-    known = {value.name for value in graph.input} | {value.name for value in graph.output}
+    inputs = {value.name for value in graph.input}
+    known = inputs | {value.name for value in graph.output}
     inside = {tap.value: tap.inside for tap in values if isinstance(tap, Tap) and tap.inside is not None}
     computed = {output for node in graph.node for output in node.output} | inside.keys()
     extra = onnx.ModelProto()
@@ -42,11 +40,8 @@ def probe_model(model: ModelFile, values: Sequence[str | Tap], overridable: Sequ
         if name not in computed:
             raise InputError(f"{model.where}: no value {name!r} in the main graph.{closest(name, sorted(computed))}")
         extra.graph.output.add(name=name)  # without a type: the runtime infers it
-    inputs = {value.name for value in graph.input}
     for name in dict.fromkeys(overridable):
-        tensor = model.tensors.get(name)
-        if tensor is None:
-            raise InputError(f"{model.where}: no initializer {name!r}.{closest(name, list(model.tensors))}")
+        tensor = model.tensor(name)
         if name not in inputs:
             extra.graph.input.append(onnx.helper.make_tensor_value_info(name, tensor.data_type, list(tensor.dims)))
     try:
@@ -63,34 +58,27 @@ def _base(model: ModelFile, inside: Mapping[str, Inside], overridable: Sequence[
     """The model itself, or a copy where its structure stands in the way."""
     original = model.flat
     initializers = {tensor.name for tensor in original.graph.initializer}
-    constants = [name for name in dict.fromkeys(overridable) if name not in initializers]
+    constants = set(overridable) - initializers
     too_old = model.ir_version < _OVERRIDABLE_SINCE and bool(overridable)
     if not constants and not too_old and not inside:
         return original
     base = onnx.ModelProto()
     base.CopyFrom(original)
-    expose(base.graph, inside)
-    for graph in graphs(base.graph):
-        _hoist(graph, frozenset(constants), base.graph)
+    main = base.graph
+    expose(main, inside)
+    # Constants become initializers of the main graph: a body reads what lies around it, and only those can be fed.
+    for graph in graphs(main):
+        for node in [node for node in graph.node if constant_value(node) is not None and node.output[0] in constants]:
+            main.initializer.append(constant_value(node))
+            main.initializer[-1].name = node.output[0]
+            graph.node.remove(node)
+        for tensor in [tensor for tensor in graph.initializer if graph is not main and tensor.name in constants]:
+            main.initializer.append(tensor)
+            graph.initializer.remove(tensor)
     if too_old:
         # Old models list every initializer as an input. Only those asked for stay there: the others would become
         # overridable too, and the runtime could no longer fold them.
         base.ir_version = _OVERRIDABLE_SINCE
-        inputs = [v for v in base.graph.input if v.name not in initializers or v.name in overridable]
-        del base.graph.input[:]
-        base.graph.input.extend(inputs)
+        for value in [value for value in main.input if value.name in initializers and value.name not in overridable]:
+            main.input.remove(value)
     return base
-
-
-def _hoist(graph: onnx.GraphProto, names: frozenset[str], main: onnx.GraphProto) -> None:
-    """Makes constants initializers of the main graph: a body reads what lies around it, and only those can be fed."""
-    for node in [node for node in graph.node if constant_value(node) is not None and node.output[0] in names]:
-        tensor = main.initializer.add()
-        tensor.CopyFrom(constant_value(node))
-        tensor.name = node.output[0]
-        graph.node.remove(node)
-    if graph is main:
-        return
-    for tensor in [tensor for tensor in graph.initializer if tensor.name in names]:
-        main.initializer.add().CopyFrom(tensor)
-        graph.initializer.remove(tensor)

@@ -10,17 +10,42 @@ differences are smooth.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Final
 
 import onnx
 from onnx import NodeProto, helper
 
-from onnx_optshift.graph.bodies import bodies
+from onnx_optshift.graph.bodies import bodies, graphs, rename_node
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.probes import probe_model
 
 CENTER: Final = "@center"
+
+_SLOPE = "sign = Sign(x0)  at_sign = Same(sign)  slope = Mul(sign, at_sign)  y = Mul(x, slope)"
+# Nodes that compute the output y of a node without its kink, from its inputs x and z, from those of its copy at the
+# centre, x0 and z0, and from what that computes, y0 (and indices). `Same` is the node itself.
+_KINKS: Final[Mapping[str, str]] = {
+    # f(x) = s x, with s = sign(x₀) f(sign(x₀)).
+    "Relu": _SLOPE,
+    "LeakyRelu": _SLOPE,
+    "PRelu": _SLOPE,
+    "Abs": _SLOPE,
+    # f(x) = f(x₀) where that differs from x₀, and x elsewhere. In old opsets Equal takes no floats, but Less does.
+    "Clip": "above = Less(y0, x0)  below = Less(x0, y0)  outside = Or(above, below)  y = Where(outside, y0, x)",
+    # The elements that were the largest at the centre, by their numbers in the flattened input.
+    "MaxPool": """flat_shape = Constant<value = int64[1] {-1}>()
+        flat = Reshape(x, flat_shape)  y = Gather<axis = 0>(flat, indices)""",
+    # Per channel the element that was the largest at the centre.
+    "GlobalMaxPool": """flat_shape = Constant<value = int64[3] {0, 0, -1}>()
+        flat_center = Reshape(x0, flat_shape)  number = ArgMax<axis = 2, keepdims = 1>(flat_center)
+        flat = Reshape(x, flat_shape)  picked = GatherElements<axis = 2>(flat, number)
+        shape = Shape(y0)  y = Reshape(picked, shape)""",
+    # Of two, the one that was taken at the centre.
+    "Max": "first = Greater(x0, z0)  y = Where(first, x, z)",
+    "Min": "first = Less(x0, z0)  y = Where(first, x, z)",
+}
 
 
 def smooth_piece_model(model: ModelFile, weights: Sequence[str]) -> bytes:
@@ -45,10 +70,10 @@ def smooth_piece_model(model: ModelFile, weights: Sequence[str]) -> bytes:
             nodes.append(node)  # no weight in question lies before it
             continue
         twice |= {name: name + CENTER for name in node.output if name}
-        center = _renamed(node, twice)
-        nodes.append(center)
-        replace = _KINKS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        nodes += (replace(node, center) if replace else None) or [node]
+        center = _copied(node)
+        center.name = node.name and node.name + CENTER
+        rename_node(center, repeat({}), twice)
+        nodes += [center, *_without_kink(node, center)]
     nodes = [_copied(node) for node in nodes]  # clearing the field would take its messages along
     del graph.node[:]
     graph.node.extend(nodes)
@@ -58,19 +83,9 @@ def smooth_piece_model(model: ModelFile, weights: Sequence[str]) -> bytes:
 def _read_by(node: NodeProto) -> Iterator[str]:
     """Names that a node reads, also those that its subgraphs take from outside."""
     yield from node.input
-    for graph in bodies(node):
-        for inner in graph.node:
-            yield from _read_by(inner)
+    for graph in (graph for body in bodies(node) for graph in graphs(body)):
+        yield from (name for inner in graph.node for name in inner.input)
         yield from (value.name for value in graph.output)
-
-
-def _renamed(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
-    """A copy that reads and computes the values of other names, inside its subgraphs too."""
-    copy = _copied(node)
-    copy.name = node.name and node.name + CENTER
-    _rename(copy, names)
-    copy.output[:] = [names.get(name, name) for name in copy.output]
-    return copy
 
 
 def _copied(node: NodeProto) -> NodeProto:
@@ -79,101 +94,24 @@ def _copied(node: NodeProto) -> NodeProto:
     return copy
 
 
-def _rename(node: NodeProto, names: Mapping[str, str]) -> None:
-    node.input[:] = [names.get(name, name) for name in node.input]
-    for graph in bodies(node):
-        for inner in graph.node:
-            _rename(inner, names)
-        for value in graph.output:
-            value.name = names.get(value.name, value.name)
-
-
-# A replacement gets the node and its copy at the centre (to which it may add outputs), and gives nodes that compute
-# the node's output without its kink; nothing where it cannot.
-_Replacement = Callable[[NodeProto, NodeProto], "list[NodeProto]"]
-
-
-def _node(op_type: str, inputs: Sequence[str], output: str, **attributes: int) -> NodeProto:
-    node: NodeProto = helper.make_node(op_type, list(inputs), [output])
-    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
-    return node
-
-
-def _homogeneous(node: NodeProto, center: NodeProto) -> list[NodeProto]:
-    """f(x) = s x, with s = sign(x₀) f(sign(x₀)): Relu, LeakyRelu, PRelu, Abs."""
-    y, x, x0 = node.output[0], node.input[0], center.input[0]
-    slope_at_sign = _copied(node)
-    slope_at_sign.name = ""
-    slope_at_sign.input[0] = f"{y}@sign"
-    slope_at_sign.output[0] = f"{y}@at_sign"
-    return [
-        _node("Sign", [x0], f"{y}@sign"),
-        slope_at_sign,
-        _node("Mul", [f"{y}@sign", f"{y}@at_sign"], f"{y}@slope"),
-        _node("Mul", [x, f"{y}@slope"], y),
-    ]
-
-
-def _clip(node: NodeProto, center: NodeProto) -> list[NodeProto]:
-    """f(x) = f(x₀) where that differs from x₀, and x elsewhere. In old opsets Equal takes no floats, but Less does."""
-    y, x, x0, y0 = node.output[0], node.input[0], center.input[0], center.output[0]
-    return [
-        _node("Less", [y0, x0], f"{y}@above"),
-        _node("Less", [x0, y0], f"{y}@below"),
-        _node("Or", [f"{y}@above", f"{y}@below"], f"{y}@outside"),
-        _node("Where", [f"{y}@outside", y0, x], y),
-    ]
-
-
-def _max_pool(node: NodeProto, center: NodeProto) -> list[NodeProto]:
-    """The elements that were the largest at the centre, by their numbers in the flattened input."""
-    y, x = node.output[0], node.input[0]
-    if len(node.output) > 1:
-        return []
-    center.output.append(f"{y}@indices")
-    shape = helper.make_tensor(f"{y}@flat_shape", onnx.TensorProto.INT64, [1], [-1])
-    return [
-        helper.make_node("Constant", [], [f"{y}@flat_shape"], value=shape),
-        _node("Reshape", [x, f"{y}@flat_shape"], f"{y}@flat"),
-        _node("Gather", [f"{y}@flat", f"{y}@indices"], y, axis=0),
-    ]
-
-
-def _global_max_pool(node: NodeProto, center: NodeProto) -> list[NodeProto]:
-    """Per channel the element that was the largest at the centre."""
-    y, x, x0, y0 = node.output[0], node.input[0], center.input[0], center.output[0]
-    shape = helper.make_tensor(f"{y}@flat_shape", onnx.TensorProto.INT64, [3], [0, 0, -1])
-    return [
-        helper.make_node("Constant", [], [f"{y}@flat_shape"], value=shape),
-        _node("Reshape", [x0, f"{y}@flat_shape"], f"{y}@flat_center"),
-        _node("ArgMax", [f"{y}@flat_center"], f"{y}@indices", axis=2, keepdims=1),
-        _node("Reshape", [x, f"{y}@flat_shape"], f"{y}@flat"),
-        _node("GatherElements", [f"{y}@flat", f"{y}@indices"], f"{y}@picked", axis=2),
-        _node("Shape", [y0], f"{y}@shape"),
-        _node("Reshape", [f"{y}@picked", f"{y}@shape"], y),
-    ]
-
-
-def _larger(node: NodeProto, center: NodeProto) -> list[NodeProto]:
-    """Of two, the one that was taken at the centre: Max and Min."""
-    if len(node.input) != 2:
-        return []
+def _without_kink(node: NodeProto, center: NodeProto) -> list[NodeProto]:
+    """Nodes that compute the node's output without its kink, or the node; its copy at the centre may get outputs."""
+    text = _KINKS.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+    whole = len(node.output) == 1 and (node.op_type not in {"Max", "Min"} or len(node.input) == 2)
+    if text is None or not whole:
+        return [node]
     y = node.output[0]
-    comparison = "Greater" if node.op_type == "Max" else "Less"
-    return [
-        _node(comparison, center.input, f"{y}@first"),
-        _node("Where", [f"{y}@first", *node.input], y),
-    ]
-
-
-_KINKS: Final[Mapping[str, _Replacement]] = {
-    "Relu": _homogeneous,
-    "LeakyRelu": _homogeneous,
-    "PRelu": _homogeneous,
-    "Abs": _homogeneous,
-    "Clip": _clip,
-    "MaxPool": _max_pool,
-    "GlobalMaxPool": _global_max_pool,
-    "Max": _larger,
-    "Min": _larger,
-}
+    known = {"y": y, "y0": center.output[0], **dict(zip("xz", node.input, strict=False))}
+    known |= dict(zip(("x0", "z0"), center.input, strict=False))
+    if node.op_type == "MaxPool":
+        center.output.append(f"{y}@indices")
+    nodes: list[NodeProto] = []
+    for part in onnx.parser.parse_graph(f"kink () => () {{ {text} }}").node:
+        inputs, outputs = ([known.get(name, f"{y}@{name}") for name in names] for names in (part.input, part.output))
+        if part.op_type == "Same":
+            part.CopyFrom(node)
+            part.name = ""
+            inputs += node.input[1:]
+        part.input[:], part.output[:] = inputs, outputs
+        nodes.append(part)
+    return nodes
