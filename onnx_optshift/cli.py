@@ -17,9 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Never
 
-from onnx_optshift.arguments import DIAGNOSE, INSPECT, PROBES, SHIFT, VERIFY, parse
+from onnx_optshift.arguments import parse
 from onnx_optshift.errors import InputError, OptShiftError
 from onnx_optshift.isolation import INTERRUPTED, drain, run_isolated
+from onnx_optshift.options import DIAGNOSE, INSPECT, PROBES, SHIFT, VERIFY
 
 if TYPE_CHECKING:
     from onnx_optshift.report.model import Report
