@@ -70,7 +70,10 @@ def layer(**changes):
         "dtype": "float32",
         "uses": ("/fc1/Gemm",),
     }
-    return LayerReport(**(fields | changes))
+    fields |= changes
+    before, after = fields["norm_before"], fields["norm_after"]
+    headline = None if before is None or after is None else Headline("norm", before, after)
+    return LayerReport(**({"headline": headline} | fields))
 
 
 def unchanged(name="fc2.weight", reason=FULL_RANK, **changes):

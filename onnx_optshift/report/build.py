@@ -6,13 +6,11 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from dataclasses import fields as dataclass_fields
+from dataclasses import dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from onnx_optshift import journal
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.capture.session import versions
 from onnx_optshift.decide.decision import Decision
@@ -33,17 +31,19 @@ from onnx_optshift.report.model import (
     ToolInfo,
     Verification,
 )
+from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.budget import peak_memory
-from onnx_optshift.run.layers import LayerFacts, Layers, Solved
+from onnx_optshift.run.layers import Layers, Solved
 from onnx_optshift.run.prepare import Prepared
 from onnx_optshift.solve.shift import Outcome
 
 
 @dataclass
 class Clock:
-    """Seconds spent by stage."""
+    """Seconds spent by stage, each of which is one of progress too."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    progress: Progress = SILENT
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("capture", "solve", "verify"), 0.0))
     started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
@@ -51,53 +51,35 @@ class Clock:
         """Adds the time inside the block to a stage."""
         start = time.perf_counter()
         try:
-            with journal.stage(stage):
+            with self.progress.stage(stage):
                 yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            self.seconds[stage] += time.perf_counter() - start
 
     def timing(self) -> Timing:
         """All stages, and the total since the clock was made."""
-        stages = {name: self.seconds.get(name, 0.0) for name in ("capture", "solve", "verify")}
-        return Timing(**stages, total=time.perf_counter() - self.started)
+        return Timing(**self.seconds, total=time.perf_counter() - self.started)
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a command found.
+    """What a command found; None is what it did not come to."""
 
-    Attributes:
-        command: shift, inspect, verify or diagnose.
-        prepared: What it started with.
-        layers: Their facts; None where there was no data.
-        decision: What was decided on; None where nothing was solved.
-        gate: The held-out judge and its trials; None where nothing was held out.
-        sha256: Of the file that was written or compared; None where there is none.
-        verification: The proof; None where outputs were not compared.
-        output: Where the file is; None where none was written.
-    """
-
-    command: str
-    prepared: Prepared
-    layers: Layers | None = None
+    command: str  # shift, inspect, verify or diagnose
+    prepared: Prepared  # what it started with
+    layers: Layers | None = None  # their facts
     decision: Decision | None = None
-    gate: Gate | None = None
-    sha256: str | None = None
+    gate: Gate | None = None  # the held-out judge and its trials
+    sha256: str | None = None  # of the file that was written or compared
     verification: Verification | None = None
-    output: Path | None = None
+    output: Path | None = None  # where the file is
 
 
 def build_report(findings: Findings, clock: Clock, **rest: Any) -> Report:
-    """Puts a report together.
-
-    Args:
-        findings: What was found.
-        clock: Of the run.
-        **rest: Further fields of the report: summary, warnings, flatness and so on.
-    """
+    """Puts a report together; `rest` are further fields of it: summary, warnings, flatness and so on."""
     prepared, decision, data = findings.prepared, findings.decision, findings.prepared.data
+    model, device, settings = prepared.model, prepared.bench.device, prepared.settings
     runtime, torch_version = versions()
-    device = prepared.bench.device
     return Report(
         command=findings.command,
         tool=ToolInfo(
@@ -109,32 +91,32 @@ def build_report(findings: Findings, clock: Clock, **rest: Any) -> Report:
             numpy=metadata.version("numpy"),
         ),
         model=ModelInfo(
-            input=str(prepared.model.path) if prepared.model.path else "ModelProto",
+            input=str(model.path or "ModelProto"),
             output=str(findings.output) if findings.output else None,
-            sha256_in=prepared.model.sha256,
+            sha256_in=model.sha256,
             sha256_out=findings.sha256,
-            opset=prepared.model.opset,
-            ir_version=prepared.model.ir_version,
+            opset=model.opset,
+            ir_version=model.ir_version,
         ),
-        settings={f.name: getattr(prepared.settings, f.name) for f in dataclass_fields(prepared.settings)},
+        settings={f.name: getattr(settings, f.name) for f in fields(settings)},
         device=DeviceInfo(device.requested, device.capture, device.solve, device.note),
         calibration=_data_info(data.calibration, split=False) if data else None,
         heldout=_data_info(data.heldout, split=data.split) if data and data.heldout is not None else None,
-        layers=(*(layer_report(weight, findings) for weight in prepared.weights), *map(_skipped, prepared.skips)),
+        layers=(*(_layer(weight, findings) for weight in prepared.weights), *map(_skipped, prepared.skips)),
         verification=findings.verification,
         heldout_result=_heldout(findings),
         quantization=_quantization(findings),
         timing=clock.timing(),
         peak_memory_bytes=peak_memory(),
-        decisions=(*decision.notes, *_weighed(findings)) if decision else (),
+        decisions=decision.notes if decision else (),
         **{"warnings": data.warnings if data else (), **rest},
     )
 
 
-def layer_report(weight: Weight, findings: Findings) -> LayerReport:
+def _layer(weight: Weight, findings: Findings) -> LayerReport:
     """One layer's line: where it ended, why, and its figures."""
     decision, layers = findings.decision, findings.layers
-    common = LayerReport(
+    known = LayerReport(
         name=weight.name,
         node=weight.uses[0].node,
         op_type=weight.uses[0].op_type,
@@ -148,88 +130,52 @@ def layer_report(weight: Weight, findings: Findings) -> LayerReport:
         uses=tuple(use.node for use in weight.uses),
     )
     if layers is None or decision is None:
-        return common
+        return known
     solved, facts = decision.candidate.solved.get(weight.name), decision.candidate.facts.get(weight.name)
     status, reason = _end(weight.name, solved, findings)
-    known = replace(common, status=status, reason=reason, rows=sum(layers.store.rows(use.tap) for use in weight.uses))
+    known = replace(known, status=status, reason=reason, rows=sum(layers.store.rows(use.tap) for use in weight.uses))
     if facts is None:
         return known
-    known = _with_facts(known, facts, layers.objective.figure)
-    if solved is None or not solved.moved:
-        return known
-    shift = solved.shift
+    moved = solved if solved is not None and solved.moved else None
+    objective, figure = layers.objective, moved.figure if moved else facts.figure
+    weighs = objective.needs_slopes and moved is not None and not moved.note
     return replace(
         known,
-        tolerance=decision.candidate.tolerance,
-        norm_before=shift.norm_before,
-        norm_after=shift.norm_after,
-        range_before=shift.range_before,
-        range_after=shift.range_after,
-        predicted_residual=shift.predicted_residual,
-        measured_residual=solved.residual,
-        curvature_ratio=_ratio(facts, solved) if layers.objective.needs_slopes and not solved.note else None,
-        headline=Headline(layers.objective.figure, facts.figure, solved.figure),
-    )
-
-
-def _with_facts(layer: LayerReport, facts: LayerFacts, figure: str) -> LayerReport:
-    return replace(
-        layer,
         rows=facts.rows,
         rank=facts.rank,
+        tolerance=decision.candidate.tolerance if moved else None,
         norm_before=facts.norm,
-        norm_after=facts.norm,
+        norm_after=moved.shift.norm_after if moved else facts.norm,
         range_before=facts.largest,
-        range_after=facts.largest,
-        predicted_residual=0.0,
-        measured_residual=0.0,
+        range_after=moved.shift.range_after if moved else facts.largest,
+        predicted_residual=moved.shift.predicted_residual if moved else 0.0,
+        measured_residual=moved.residual if moved else 0.0,
+        curvature_ratio=((figure / facts.figure) ** 2 if facts.figure else 1.0) if weighs else None,
         frontier=tuple(FrontierPoint(tolerance, ratio, None) for tolerance, ratio in facts.frontier),
         spectrum=facts.spectrum,
-        headline=Headline(figure, facts.figure, facts.figure),
+        headline=Headline(objective.figure, facts.figure, figure),
     )
 
 
 def _end(name: str, solved: Solved | None, findings: Findings) -> tuple[str, str]:
     """Status and reason, from what was decided and what the solver said."""
-    assert findings.decision is not None
+    rejected = findings.decision.rejected if findings.decision else {}
+    said = f"{solved.shift.outcome.value} {solved.note}".rstrip() if solved else ""
     if solved is not None and solved.moved:
-        if findings.command == "shift":
-            return "shifted", _reason(solved)
-        if findings.command == "verify":
-            return "shifted", "its weight differs between the two models"
-        return "unchanged", f"{findings.command}: this layer could be shifted"
-    if name in findings.decision.rejected:
-        return "rejected", findings.decision.rejected[name]
+        ends = {"shift": ("shifted", said), "verify": ("shifted", "its weight differs between the two models")}
+        return ends.get(findings.command, ("unchanged", f"{findings.command}: this layer could be shifted"))
+    if name in rejected:
+        return "rejected", rejected[name]
     if solved is None:
         return "unchanged", "its weight is the same" if findings.command == "verify" else "not solved for"
     broken = solved.shift.outcome in {Outcome.NONFINITE_ROWS, Outcome.NONFINITE_WEIGHT}
-    return ("skipped" if broken else "unchanged"), _reason(solved)
-
-
-def _reason(solved: Solved) -> str:
-    outcome = solved.shift.outcome.value
-    return f"{outcome} {solved.note}" if solved.note else outcome
-
-
-def _ratio(facts: LayerFacts, solved: Solved) -> float:
-    return (solved.figure / facts.figure) ** 2 if facts.figure else 1.0
-
-
-def _weighed(findings: Findings) -> tuple[str, ...]:
-    """What the objective "curvature" made small, in a sentence; none for other objectives."""
-    decision, layers = findings.decision, findings.layers
-    if decision is None or layers is None or not layers.objective.needs_slopes:
-        return ()
-    moved = [(name, solved) for name, solved in decision.candidate.solved.items() if solved.moved and not solved.note]
-    ratios = [_ratio(decision.candidate.facts[name], solved) for name, solved in moved]
-    mean = sum(ratios) / max(1, len(ratios))
-    return (f"curvature: tr(WᵀMW) {mean:.3g} of the original's, mean over {len(ratios)} weights",) if ratios else ()
+    return ("skipped" if broken else "unchanged"), said
 
 
 def _quantization(findings: Findings) -> tuple[QuantizationError, ...] | None:
     """Errors of every layer under round-to-nearest; None when none were asked for."""
-    layers, decision = findings.layers, findings.decision
-    if not findings.prepared.settings.quantization_bits or layers is None or decision is None:
+    decision = findings.decision
+    if not findings.prepared.settings.quantization_bits or decision is None:
         return None
     found = []
     for name, facts in decision.candidate.facts.items():
@@ -243,16 +189,14 @@ def _heldout(findings: Findings) -> HeldoutResult | None:
     gate, decision = findings.gate, findings.decision
     if gate is None or decision is None:
         return None
-    verdict = decision.verdict
-    before = gate.before.score
-    after = before if verdict is None else Score(loss=verdict.loss, top1=verdict.top1, n=before.n)
+    verdict, before = decision.verdict, gate.before.score
     return HeldoutResult(
         before=before,
-        after=after,
+        after=Score(verdict.loss, verdict.top1, before.n) if verdict else before,
         accepted=bool(decision.candidate.arrays),
         loss_name=gate.loss.name,
         tried=tuple(replace(trial, chosen=trial is verdict) for trial in gate.tried),
-        quantized=verdict.quantized if verdict is not None else (),
+        quantized=verdict.quantized if verdict else (),
     )
 
 
@@ -269,11 +213,5 @@ def _data_info(samples: Samples, *, split: bool) -> DataInfo:
 
 
 def _skipped(skip: Skip) -> LayerReport:
-    return LayerReport(
-        name=skip.weight or skip.node,
-        node=skip.node,
-        op_type=skip.op_type,
-        weight=skip.weight,
-        status="skipped",
-        reason=skip.reason,
-    )
+    name = skip.weight or skip.node
+    return LayerReport(name, skip.node, skip.op_type, skip.weight, status="skipped", reason=skip.reason)

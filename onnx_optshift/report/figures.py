@@ -1,4 +1,4 @@
-"""Single values of a report, and how each reads: three digits, a unit where there is one, a word for what is no number.
+"""How each value of a report reads: three digits, a unit where there is one, a word for what is no number.
 
 Everything is plain ASCII as long as names are, for terminals and pipes; `typeset` gives a page its own signs.
 """
@@ -8,9 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
-
-from onnx_optshift.report.diagnosis import Estimate
+from typing import Self
 
 NOTHING = "-"
 # Outside these, powers of ten are easier to read than zeros.
@@ -18,77 +16,53 @@ _SMALL, _LARGE = 1e-3, 1e5
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-@dataclass(frozen=True)
-class Change:
-    """A figure before and after; shares, 0 to 1, as per cent."""
+class Figure(str):
+    """A figure in its final form, with its unit: never broken, and to the right in a table.
 
-    before: float | None
-    after: float | None
-    is_share: bool = False
+    `sizes` are what a page draws below it: one bar, or one before and one after.
+    """
 
+    sizes: tuple[float | None, ...]
 
-@dataclass(frozen=True)
-class Percent:
-    """A share, 0 to 1, as per cent."""
-
-    share: float | None
+    def __new__(cls, shown: str, *sizes: float | None) -> Self:  # noqa: D102
+        figure = super().__new__(cls, shown)
+        figure.sizes = sizes
+        return figure
 
 
-@dataclass(frozen=True)
-class Name:
+class Name(str):
     """What a model's author called something: shown whole."""
 
-    text: str
+    __slots__ = ()
 
 
-@dataclass(frozen=True)
-class Names:
-    """Several names, of which a terminal shows the first few."""
+class Word(str):
+    """A status that has a look of its own; a mark behind it, as in "rejected [1]", points to a remark."""
 
-    names: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Word:
-    """A status, whose look is found under its word; `mark` points to a remark."""
-
-    text: str
-    mark: str = ""
+    __slots__ = ()
 
 
-Cell = str | int | float | None | Change | Percent | Estimate | Name | Names | Word
+# A tuple holds names, of which a terminal shows the first few. Plain text is prose.
+Cell = str | float | None | tuple[str, ...]
+
+
+def is_figure(cell: Cell) -> bool:
+    """Whether a value belongs into a column of figures."""
+    return cell is None or isinstance(cell, (float, int, Figure))
 
 
 def text(cell: Cell, most_names: int | None = None) -> str:
-    """A value as a person reads it.
-
-    Args:
-        cell: The value.
-        most_names: Names listed before the rest is only counted; None lists all.
-    """
-    match cell:
-        case None:
-            return NOTHING
-        case str() | Name():
-            return printable(cell if isinstance(cell, str) else cell.text)
-        case bool():
-            return "yes" if cell else "no"
-        case float():
-            return number(cell)
-        case Change():
-            return _change(cell)
-        case Percent(share):
-            return number(share) if share is None or not math.isfinite(share) else f"{100 * share:.2f} %"
-        case Estimate(value, error):
-            return number(value) if error is None else f"{number(value)} +- {number(error)}"
-        case Names(names):
-            shown = ", ".join(map(printable, names[:most_names]))
-            more = len(names) - most_names if most_names is not None else 0
-            return f"{shown} and {more} more" if more > 0 else shown
-        case Word(word, mark):
-            return f"{printable(word)} {mark}" if mark else printable(word)
-        case _:
-            return str(cell)
+    """A value as a person reads it; more than `most_names` names are only counted."""
+    if cell is None:
+        return NOTHING
+    if isinstance(cell, bool):
+        return "yes" if cell else "no"
+    if isinstance(cell, float):
+        return number(cell)
+    if isinstance(cell, tuple):
+        more = len(cell) - len(cell[:most_names])
+        return ", ".join(map(printable, cell[:most_names])) + f" and {more} more" * (more > 0)
+    return printable(str(cell))
 
 
 def number(value: float | None) -> str:
@@ -107,7 +81,7 @@ def number(value: float | None) -> str:
 
 def relative_change(before: float | None, after: float | None) -> str:
     """The relative change in per cent; empty where it means nothing."""
-    if before is None or after is None or not before or not math.isfinite(before) or not math.isfinite(after):
+    if before is None or after is None or not before or not finite(before, after):
         return ""
     if before == after:
         return "same"
@@ -117,20 +91,29 @@ def relative_change(before: float | None, after: float | None) -> str:
     return f"{percent:+.{0 if abs(percent) >= 10 else 1}f} %"
 
 
-def percentage_points(before: float, after: float) -> str:
-    """The difference of two shares in percentage points."""
-    return f"{100 * (after - before):+.2f} points" if after != before else "same"
-
-
-def _change(change: Change) -> str:
-    if change.is_share and change.before is not None and change.after is not None:
-        points = percentage_points(change.before, change.after)
-        return f"{100 * change.before:.2f} -> {100 * change.after:.2f} % ({points})"
-    before, after = number(change.before), number(change.after)
-    if change.before == change.after or (before == NOTHING and after == NOTHING):
+def change(before: float | None, after: float | None) -> Cell:
+    """A figure before and after, as one where they are the same; that before where there is no other."""
+    if after is None or before is None:
         return before
-    relative = relative_change(change.before, change.after)
-    return f"{before} -> {after} ({relative})" if relative else f"{before} -> {after}"
+    relative = relative_change(before, after)
+    both = f"{number(before)} -> {number(after)}" + f" ({relative})" * bool(relative)
+    return Figure(number(before) if before == after else both, before, after)
+
+
+def percent(share: float | None) -> Cell:
+    """A share, 0 to 1, as per cent."""
+    return share if share is None or not math.isfinite(share) else Figure(f"{100 * share:.2f} %", share)
+
+
+def share_change(before: float, after: float) -> Cell:
+    """Two shares, 0 to 1, as per cent, with their difference."""
+    points = f"{100 * (after - before):+.2f} points" if after != before else "same"
+    return Figure(f"{100 * before:.2f} -> {100 * after:.2f} % ({points})")
+
+
+def with_error(value: float | None, error: float | None) -> Cell:
+    """A figure and its standard error, where that is known."""
+    return value if error is None else Figure(f"{number(value)} +- {number(error)}")
 
 
 def finite(*values: float | None) -> bool:
@@ -138,13 +121,13 @@ def finite(*values: float | None) -> bool:
     return all(value is not None and math.isfinite(value) for value in values)
 
 
-def mean_change(pairs: Iterable[tuple[float | None, float | None]]) -> tuple[Change, int] | None:
-    """Geometric means of figures of several layers, whose sizes differ, and how many had both above zero."""
+def mean_change(pairs: Iterable[tuple[float | None, float | None]]) -> tuple[Cell, int] | None:
+    """The change of geometric means over layers, whose sizes differ, and how many have both figures above zero."""
     known = [(a, b) for a, b in pairs if a is not None and b is not None and finite(a, b) and a > 0 and b > 0]
     if not known:
         return None
     before, after = (math.exp(math.fsum(map(math.log, side)) / len(known)) for side in zip(*known, strict=True))
-    return Change(before, after), len(known)
+    return change(before, after), len(known)
 
 
 def printable(text: str) -> str:
@@ -154,7 +137,6 @@ def printable(text: str) -> str:
 
 def typeset(figure: str) -> str:
     """A figure of `text` with the signs of print: minus, arrow, powers of ten, and spaces that do not break."""
-    figure = re.sub(
-        r"e([+-]\d+)", lambda found: f"×10{str(int(found[1])).translate(_RAISED)}", figure.replace(" %", "\u00a0%")
-    )
-    return re.sub(r"-(?=[\d<i])", "\u2212", figure.replace("->", "→").replace("+-", "±")).replace(" x ", " × ")
+    figure = re.sub(r"e([+-]\d+)", lambda found: f"×10{str(int(found[1])).translate(_RAISED)}", figure)
+    figure = figure.replace(" %", "\u00a0%").replace("->", "→").replace("+-", "±").replace(" x ", " × ")
+    return re.sub(r"-(?=[\d<i])", "\u2212", figure)

@@ -11,55 +11,53 @@ from onnx_optshift.errors import InputError
 from onnx_optshift.report.model import Report
 
 STDOUT = Path("-")
-HTML = ".html"
-SUFFIXES = (".json", HTML)
+_SUFFIXES = (".json", ".html")
 
 
 def check_path(path: Path) -> None:
-    """Refuses a report file that could not be written, before the run starts.
-
-    Args:
-        path: Where the report shall go; `STDOUT` is always accepted.
+    """Refuses a report file that could not be written, before the run starts; `STDOUT` is always accepted.
 
     Raises:
         InputError: The suffix names no form of report, or the place cannot be written to.
     """
     if path == STDOUT:
         return
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in _SUFFIXES:
         found = f"the suffix {path.suffix!r}" if path.suffix else "no suffix"
         raise InputError(
-            f"--report {path}: expected a file name that ends in {' or '.join(SUFFIXES)}, or - for JSON on standard "
+            f"--report {path}: expected a file name that ends in {' or '.join(_SUFFIXES)}, or - for JSON on standard "
             f"output, found {found}."
         )
+    folder, obstacle = path.parent, ""
     try:
         if path.is_dir():
-            raise InputError(f"--report {path}: expected a file, found a directory. Name a file in it.")
-        if not path.parent.is_dir():
-            raise InputError(f"--report {path}: the directory {path.parent} does not exist. Make it first.")
+            obstacle = "expected a file, found a directory. Name a file in it."
+        elif not folder.is_dir():
+            obstacle = f"the directory {folder} does not exist. Make it first."
+        elif not os.access(folder, os.W_OK):
+            obstacle = f"the directory {folder} cannot be written to. Take another one."
         # Asks the system about the name too, which may be longer than it takes.
         path.lstat()
     except FileNotFoundError:
         pass
     except OSError as error:
-        raise InputError(
-            f"--report {path}: cannot be written: {error.strerror or error}. Take another name."
-        ) from error
-    if not os.access(path.parent, os.W_OK):
-        raise InputError(f"--report {path}: the directory {path.parent} cannot be written to. Take another one.")
+        obstacle = f"cannot be written: {error.strerror or error}. Take another name."
+    if obstacle:
+        raise InputError(f"--report {path}: {obstacle}")
 
 
 def write(report: Report, path: Path) -> None:
     """Writes the report beside its place, then renames it there; to standard output as it is.
 
-    Args:
-        report: What to write.
-        path: A file name that `check_path` accepts.
-
     Raises:
         InputError: The file cannot be written.
     """
-    content = _content(report, path)
+    if path.suffix.lower() == ".html":
+        from onnx_optshift.report import htmlpage  # its libraries are slow to load
+
+        content = htmlpage.render(report)
+    else:
+        content = to_json(report)
     if path == STDOUT:
         sys.stdout.write(content)
         sys.stdout.flush()
@@ -75,11 +73,3 @@ def write(report: Report, path: Path) -> None:
 def to_json(report: Report) -> str:
     """The report as JSON text, indented, with a final newline: valid in any case."""
     return json.dumps(report.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _content(report: Report, path: Path) -> str:
-    if path.suffix.lower() == HTML:
-        from onnx_optshift.report import htmlpage  # its libraries are slow to load
-
-        return htmlpage.render(report)
-    return to_json(report)

@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from importlib import resources
 
 import jinja2
 from markupsafe import Markup, escape
 
-from onnx_optshift.report import section
 from onnx_optshift.report.charts import charts
-from onnx_optshift.report.figures import Cell, Name, Names, Word, finite, printable, text, typeset
+from onnx_optshift.report.figures import Cell, Figure, Name, Word, finite, printable, text, typeset
 from onnx_optshift.report.model import Report
+from onnx_optshift.report.section import Table, look
 from onnx_optshift.report.sections import KINDS, sections
 
-_TEMPLATE = "page.html.j2"
 # Colour alone tells not everybody.
 _SIGNS = {"good": "\N{CHECK MARK}", "warn": "!", "bad": "\N{MULTIPLICATION X}", "plain": ""}
 
 
 def render(report: Report) -> str:
-    """The report as the text of one self-contained HTML file; the same text for the same report.
-
-    Args:
-        report: Of any command.
-    """
-    source = resources.files("onnx_optshift.report").joinpath(_TEMPLATE).read_text(encoding="utf-8")
+    """The report as the text of one self-contained HTML file; the same text for the same report."""
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"cell": _cell, "text": lambda value: printable(str(value))}
-    environment.tests |= {name: _is(name) for name in ("Facts", "Table", "Note", "ChartOf")}
+    environment.filters |= {"cell": _cell, "bars": _bars, "text": lambda value: printable(str(value))}
+    environment.filters["kind_of"] = lambda block: type(block).__name__
     first, *rest = sections(report)
-    drawn = charts(report)
+    source = resources.files("onnx_optshift.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     page = environment.from_string(source).render(
         report=report,
         kind=KINDS[report.command],
@@ -41,31 +34,35 @@ def render(report: Report) -> str:
         file=printable("/".join(re.split(r"[\\/]", report.model.input)[-2:])),
         result=first,
         sections=rest,
-        charts={key: (chart, Markup(chart.svg)) for key, chart in drawn.items()},
+        charts=charts(report),
     )
     # Names may hold halves of surrogate pairs, which no file can.
     return page.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _is(name: str) -> Callable[[object], bool]:
-    return lambda block: isinstance(block, getattr(section, name))
-
-
-def _cell(cell: Cell, is_figure: bool = False) -> Markup:
+def _cell(cell: Cell) -> Markup:
     """One value: names may break behind their separators, words have a look, numbers keep their full value."""
     if isinstance(cell, Word):
-        look = section.LOOKS.get(cell.text, "plain")
-        shown = Markup('<span class="badge {}"><span aria-hidden="true">{}</span> {}</span> {}')
-        return shown.format(look, _SIGNS[look], printable(cell.text), cell.mark)
-    if isinstance(cell, Name):
-        return _breakable(printable(cell.text))
-    if isinstance(cell, Names):
-        return Markup(", ").join(_breakable(printable(name)) for name in cell.names)
+        word, _, mark = printable(cell).partition(" [")
+        shown = Markup('<span class="badge {}"><span aria-hidden="true">{}</span> {}</span>{}')
+        return shown.format(look(cell), _SIGNS[look(cell)], word, f" [{mark}" if mark else "")
+    if isinstance(cell, (Name, tuple)):
+        names = cell if isinstance(cell, tuple) else (cell,)
+        return Markup(", ").join(_breakable(printable(name)) for name in names)
     if isinstance(cell, float):
-        look = "" if finite(cell) else "odd"
-        return Markup('<data class="{}" value="{}">{}</data>').format(look, repr(cell), typeset(text(cell)))
-    # Text may hold names, which nobody may alter; in a column of figures there are none.
-    return escape(text(cell) if isinstance(cell, str) and not is_figure else typeset(text(cell)))
+        odd = "" if finite(cell) else "odd"
+        return Markup('<data class="{}" value="{}">{}</data>').format(odd, repr(cell), typeset(text(cell)))
+    # Text may hold names, which nobody may alter.
+    return escape(typeset(text(cell)) if isinstance(cell, Figure) else text(cell))
+
+
+def _bars(table: Table) -> list[list[float]]:
+    """Lengths of each row's bars, as per cent of the longest one."""
+    k = list(table.titles).index(table.drawn)
+    sizes = [getattr(row[k], "sizes", ()) for row in table.rows]
+    sizes = [found if finite(*found) else () for found in sizes]
+    longest = max((size for found in sizes for size in found), default=0.0) or 1.0
+    return [[round(100 * size / longest, 2) for size in found] for found in sizes]
 
 
 def _breakable(name: str) -> Markup:

@@ -7,15 +7,14 @@ for them and the two cases must stay apart.
 
 from __future__ import annotations
 
+import json
+import numbers
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from os import PathLike, fspath
 from typing import Any
 
 from onnx_optshift.report.diagnosis import Diagnosis, FlatnessReport
-from onnx_optshift.report.plain import plain
-
-SCHEMA = 1
-STATUSES = ("shifted", "unchanged", "rejected", "skipped")
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class LayerReport:
     node: str  # the first node that uses it
     op_type: str
     weight: str | None  # the initializer; None for a skip that has none
-    status: str  # one of STATUSES
+    status: str  # shifted, unchanged, rejected or skipped
     reason: str  # why, in a sentence
     d: int | None = None  # input width
     m: int | None = None  # output width
@@ -254,7 +253,7 @@ class Timing:
 class Report:
     """Everything that a run found, decided and measured. Fields as in the JSON report."""
 
-    schema: int = field(default=SCHEMA, init=False)
+    schema: int = field(default=1, init=False)
     command: str = "shift"  # or "inspect", "verify", "diagnose"
     tool: ToolInfo
     model: ModelInfo
@@ -283,5 +282,20 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values only: dicts, lists, strings, finite numbers, booleans and None."""
-        values: dict[str, Any] = plain(self)
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=_plain), parse_constant=str)
         return values
+
+
+def _plain(value: object) -> Any:
+    """Paths, and numbers of other libraries than Python's own.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value)
+    raise TypeError(f"the report has a value that JSON cannot hold: {type(value).__name__} {value!r}")

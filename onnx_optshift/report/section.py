@@ -5,18 +5,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from onnx_optshift.report.figures import Cell
+from onnx_optshift.report.figures import Cell, Word, is_figure
 
 # How the words of a verdict, a status or a check look; other words are plain.
-LOOKS = dict.fromkeys(("pass", "passed", "go", "accepted", "chosen", "shifted"), "good")
-LOOKS |= dict.fromkeys(("warn", "try small", "rejected"), "warn")
-LOOKS |= dict.fromkeys(("fail", "FAILED", "no-go"), "bad")
+_LOOKS = dict.fromkeys(("pass", "passed", "go", "accepted", "chosen", "shifted"), "good")
+_LOOKS |= dict.fromkeys(("warn", "try small", "rejected"), "warn") | dict.fromkeys(("fail", "FAILED", "no-go"), "bad")
 
 
-@dataclass(frozen=True)
-class Fact:
+class Fact(NamedTuple):
     """One labelled value, and a remark that belongs to it."""
 
     label: str
@@ -28,34 +28,39 @@ class Fact:
 class Facts:
     """Labelled values."""
 
-    rows: tuple[Fact, ...]
+    rows: Sequence[Fact]
     title: str = ""
-    detail: bool = False
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: figures stand to the right and are never broken, text and names may wrap."""
-
-    title: str
-    is_figure: bool = False
     detail: bool = False
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under columns; a row has a cell for each column."""
+    """Rows with a cell for each title."""
 
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[Cell, ...], ...]
+    titles: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
     title: str = ""
     note: str = ""  # what the columns mean
     detail: bool = False
+    more: str = ""  # title of a column that is a detail
+    drawn: str = ""  # title of a column whose figures a page draws too
+
+    @property
+    def figures(self) -> list[bool]:
+        """Whether each column holds figures, which stand to the right and are never broken; text may wrap."""
+        return [all(is_figure(row[k]) for row in self.rows) for k in range(len(self.titles))]
+
+    @property
+    def known(self) -> Table:
+        """The table without columns that have nothing in any row."""
+        kept = [k for k in range(len(self.titles)) if any(row[k] is not None for row in self.rows)]
+        rows = [[row[k] for k in kept] for row in self.rows]
+        return replace(self, titles=[self.titles[k] for k in kept], rows=rows)
 
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence or two; `look` as in `LOOKS`, or plain."""
+    """A sentence or two; `look` is good, warn, bad or plain."""
 
     text: str
     look: str = "plain"
@@ -79,9 +84,24 @@ class Section:
 
     key: str
     title: str
-    blocks: tuple[Block, ...]
+    blocks: Sequence[Block]
 
 
-def figures(*titles: str) -> tuple[Column, ...]:
-    """Columns of figures."""
-    return tuple(Column(title, is_figure=True) for title in titles)
+def look(cell: Cell) -> str:
+    """How a value looks: good, warn, bad or plain."""
+    return _LOOKS.get(cell.partition(" [")[0], "plain") if isinstance(cell, Word) else "plain"
+
+
+def known(*facts: Fact) -> list[Fact]:
+    """The facts whose value is known."""
+    return [fact for fact in facts if fact.value is not None]
+
+
+def marks(reasons: Iterable[str]) -> dict[str, str]:
+    """A mark for each different reason, by which a table points to it."""
+    return {reason: f"[{k}]" for k, reason in enumerate(dict.fromkeys(reasons), 1)}
+
+
+def explained(marked: dict[str, str], title: str = "", *, detail: bool = False) -> list[Block]:
+    """The reasons beside their marks; nothing where there are none."""
+    return [Facts([Fact(mark, reason) for reason, mark in marked.items()], title, detail)] if marked else []

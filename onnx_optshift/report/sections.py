@@ -6,22 +6,24 @@ A pure function of the report. To show a new figure, add it to the model, measur
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 from onnx_optshift.report.figures import (
     Cell,
-    Change,
+    Figure,
     Name,
-    Names,
-    Percent,
     Word,
+    change,
     finite,
     mean_change,
     number,
+    percent,
+    share_change,
 )
-from onnx_optshift.report.model import DataInfo, Headline, LayerReport, OutputComparison, Report
-from onnx_optshift.report.section import Block, ChartOf, Column, Fact, Facts, Note, Section, Table, figures
+from onnx_optshift.report.model import DataInfo, LayerReport, OutputComparison, Report
+from onnx_optshift.report.section import Block, ChartOf, Fact, Facts, Note, Section, Table, explained, known, marks
 from onnx_optshift.report.sections_diagnose import conditions, features, flatness, ranks
 from onnx_optshift.report.sections_evidence import drift, heldout, outputs, quantization
 
@@ -38,9 +40,9 @@ _ASKED = {
 }
 
 
-def sections(report: Report) -> tuple[Section, ...]:
+def sections(report: Report) -> list[Section]:
     """All sections that the report has something for, in the order of reading."""
-    everything = (
+    found = (
         _result(report),
         conditions(report.collapse),
         outputs(report),
@@ -52,10 +54,14 @@ def sections(report: Report) -> tuple[Section, ...]:
         features(report.collapse),
         flatness(report.flatness),
         _frontier(report),
-        _decisions(report),
+        Section("decisions", "How it was decided", [Note(decision) for decision in report.decisions]),
         _run(report),
     )
-    return tuple(section for section in everything if section is not None and section.blocks)
+    return [
+        replace(section, blocks=[block.known if isinstance(block, Table) else block for block in section.blocks])
+        for section in found
+        if section is not None and section.blocks
+    ]
 
 
 def title(report: Report) -> str:
@@ -69,70 +75,49 @@ def candidates(report: Report) -> list[LayerReport]:
     return [layer for layer in report.layers if layer.status != "skipped"]
 
 
-def headline(layer: LayerReport) -> Headline | None:
-    """The figure that was to become small; the norm where nothing was solved for another; None without figures."""
-    if layer.headline is not None:
-        return layer.headline
-    if layer.norm_before is None or layer.norm_after is None:
-        return None
-    return Headline("norm", layer.norm_before, layer.norm_after)
-
-
 def headline_name(report: Report) -> str:
-    """What the headline figure is called."""
-    return next((known.name for layer in candidates(report) if (known := headline(layer))), "norm")
-
-
-def frontier_points(report: Report) -> list[tuple[float, tuple[float, float, float]]]:
-    """Per residual tolerance, the shares that are left of the headline figure: mean, least and most of the layers."""
-    layers = [layer for layer in candidates(report) if layer.frontier]
-    by_range = headline_name(report) == "range"
-    points = []
-    for column in zip(*(layer.frontier for layer in layers), strict=False):
-        ratios = [point.range_ratio if by_range else point.norm_ratio for point in column]
-        known = [ratio for ratio in ratios if ratio is not None and finite(ratio)]
-        if known and len(known) == len(ratios):
-            points.append((column[0].tolerance, (math.fsum(known) / len(known), min(known), max(known))))
-    return points
+    """What the figure is called that was to become small."""
+    return next((layer.headline.name for layer in candidates(report) if layer.headline), "norm")
 
 
 def _result(report: Report) -> Section:
-    layers = candidates(report)
-    skipped = len(report.layers) - len(layers)
-    more = f"{skipped} more skipped" if skipped else ""
-    rows: list[Fact] = []
-    if report.collapse is not None:
-        rows.append(Fact("verdict", Word(report.collapse.verdict.answer), report.collapse.verdict.why))
-    if report.command == "shift":
-        rows.append(Fact("layers shifted", f"{sum(x.status == 'shifted' for x in layers)} of {len(layers)}", more))
-    elif report.command in {"inspect", "diagnose"}:
-        free = sum(layer.rank is not None and layer.d is not None and layer.rank < layer.d for layer in layers)
-        rows.append(Fact("layers with freedom", f"{free} of {len(layers)}", more))
-    result = report.heldout_result
+    layers, result, proof, collapse = candidates(report), report.heldout_result, report.verification, report.collapse
+    rows = [Fact("verdict", Word(collapse.verdict.answer), collapse.verdict.why)] if collapse else []
     for score in result.quantized if result else ():
-        rows.append(Fact(f"output error, {score.bits} bits", Change(score.before, score.after), "held-out data"))
-    for bits, pairs in _by_bits(report).items():
-        if found := mean_change(pairs):
+        rows.append(Fact(f"output error, {score.bits} bits", change(score.before, score.after), "held-out data"))
+    errors = report.quantization or ()
+    for bits in dict.fromkeys(error.bits for error in errors):
+        pairs = [(error.error_before, error.error_after) for error in errors if error.bits == bits]
+        if mean := mean_change(pairs):
             worse = sum(after > before for before, after in pairs)
-            rows.append(Fact(f"layer error, {bits} bits", found[0], f"mean of {found[1]} layers; worse in {worse}"))
-    moved = mean_change((known.before, known.after) for layer in layers if (known := headline(layer)))
+            rows.append(Fact(f"layer error, {bits} bits", mean[0], f"mean of {mean[1]} layers; worse in {worse}"))
+    moved = mean_change((layer.headline.before, layer.headline.after) for layer in layers if layer.headline)
     if moved and report.command == "shift":
         rows.append(Fact(headline_name(report), moved[0], f"mean of {moved[1]} layers"))
-    if report.verification is not None and report.verification.outputs:
-        rows.append(_worst_output(report.verification.outputs, judged=report.judges_outputs))
+    rows.append(_counted(report, layers))
+    if proof is not None and proof.outputs:
+        rows.append(_worst_output(proof.outputs, judged=report.judges_outputs))
     if report.drift is not None:
-        limit = "" if report.drift.limit is None else f"allowed: {number(report.drift.limit)}"
-        rows.append(Fact("drift", report.drift.figure, limit))
+        limit = report.drift.limit
+        rows.append(Fact("drift", report.drift.figure, "" if limit is None else f"allowed: {number(limit)}"))
     if result is not None:
-        kind = " in float" if result.quantized else ""
-        loss = Change(result.before.loss, result.after.loss)
-        rows.append(Fact(f"held-out loss{kind}", loss, f"{result.after.n} samples"))
-        if result.before.top1 is not None and result.after.top1 is not None:
-            accuracy = Change(result.before.top1, result.after.top1, is_share=True)
-            rows.append(Fact(f"held-out accuracy{kind}", accuracy))
-    notes = [Note(f"Asked for: {_asked(report)}.")]
-    notes += [status] if (status := _status(report)) else []
-    return Section("result", "Result", (*notes, Facts(tuple(rows))))
+        before, after, kind = result.before, result.after, " in float" if result.quantized else ""
+        rows.append(Fact(f"held-out loss{kind}", change(before.loss, after.loss), f"{after.n} samples"))
+        if before.top1 is not None and after.top1 is not None:
+            rows.append(Fact(f"held-out accuracy{kind}", share_change(before.top1, after.top1)))
+    status = _status(report)
+    return Section(
+        "result", "Result", [Note(f"Asked for: {_asked(report)}."), *([status] if status else []), Facts(rows)]
+    )
+
+
+def _counted(report: Report, layers: Sequence[LayerReport]) -> Fact:
+    skipped = len(report.layers) - len(layers)
+    label = {"shift": "layers shifted", "verify": "layers that differ"}.get(report.command, "layers with freedom")
+    free = sum(layer.rank is not None and layer.d is not None and layer.rank < layer.d for layer in layers)
+    shifted = sum(layer.status == "shifted" for layer in layers)
+    count = shifted if report.command in {"shift", "verify"} else free
+    return Fact(label, f"{count} of {len(layers)}", f"{skipped} more skipped" if skipped else "")
 
 
 def _asked(report: Report) -> str:
@@ -164,17 +149,17 @@ def _status(report: Report) -> Note | None:
         return Note("No model was written, and no output was compared.") if report.command == "shift" else None
     samples = max((output.samples for output in proof.outputs), default=0)
     if not proof.passed:
-        failed = ", ".join(printed.name for printed in proof.outputs if not printed.passed)
+        failed = ", ".join(output.name for output in proof.outputs if not output.passed)
         return Note(f"FAILED: not within bounds on {samples} samples: {failed or 'no output was compared'}.", "bad")
-    if report.command == "verify":
-        return Note(f"The outputs match within their bounds on {samples} samples.", "good")
     if proof.identical_bytes:
         return Note("The file is a byte-for-byte copy of the original.", "good")
-    what = "the written file" if report.model.output else "the shifted model (not written)"
+    what = {"verify": "the second model"}.get(report.command) or (
+        "the written file" if report.model.output else "the shifted model (not written)"
+    )
     return Note(f"Verified: {what} was run on {samples} samples, every output within its bound.", "good")
 
 
-def _worst_output(outputs: Iterable[OutputComparison], *, judged: bool) -> Fact:
+def _worst_output(outputs: Sequence[OutputComparison], *, judged: bool) -> Fact:
     worst = max(outputs, key=lambda output: (math.isnan(output.rel), output.rel))
     words = {"noise": "allowed by noise", "tolerance": "allowed", "measured": "measured on the trial"}
     remark = f"{words[worst.bound_kind]}: {number(worst.bound)}" if judged else "reported only"
@@ -184,88 +169,71 @@ def _worst_output(outputs: Iterable[OutputComparison], *, judged: bool) -> Fact:
     return Fact("output deviation", worst.rel, remark)
 
 
-def _by_bits(report: Report) -> dict[int, list[tuple[float, float]]]:
-    found: dict[int, list[tuple[float, float]]] = {}
-    for row in report.quantization or ():
-        found.setdefault(row.bits, []).append((row.error_before, row.error_after))
-    return found
-
-
-def _layers(report: Report) -> Section | None:
-    layers = candidates(report)
-    reasons = list(dict.fromkeys(layer.reason for layer in layers if layer.reason not in {"", layer.status}))
-    is_shifted = any(layer.status == "shifted" for layer in layers)
-    columns = (
-        *(Column("layer"), Column("operator", detail=True)),
-        *figures("d x m", "rank/d", headline_name(report), *(["residual"] if is_shifted else [])),
-        Column("status"),
-    )
-    rows: list[tuple[Cell, ...]] = []
+def _layers(report: Report) -> Section:
+    layers, name = candidates(report), headline_name(report)
+    marked = marks(layer.reason for layer in layers if layer.reason not in {"", layer.status})
+    rows: list[list[Cell]] = []
     for layer in layers:
-        shape = f"{'?' if layer.d is None else layer.d} x {'?' if layer.m is None else layer.m}"
-        shape = f"{layer.groups} of {shape}" if layer.groups is not None and layer.groups > 1 else shape
-        uses = f", {len(layer.uses)} uses" if len(layer.uses) > 1 else ""
-        known = headline(layer)
-        rows.append((
+        d, m = ("?" if width is None else width for width in (layer.d, layer.m))
+        groups = f"{layer.groups} of " if (layer.groups or 1) > 1 else ""
+        operator = f"{layer.op_type}, {layer.dtype}" if layer.dtype else layer.op_type
+        rows.append([
             Name(layer.name),
-            f"{layer.op_type}{f', {layer.dtype}' if layer.dtype else ''}{uses}",
-            shape,
-            None if layer.rank is None else f"{layer.rank}/{'?' if layer.d is None else layer.d}",
-            None if known is None else Change(known.before, known.after),
-            *([layer.measured_residual if layer.status == "shifted" else None] if is_shifted else []),
-            Word(layer.status, f"[{reasons.index(layer.reason) + 1}]" if layer.reason in reasons else ""),
-        ))
+            f"{operator}, {len(layer.uses)} uses" if len(layer.uses) > 1 else operator,
+            Figure(f"{groups}{d} x {m}"),
+            None if layer.rank is None else Figure(f"{layer.rank}/{d}"),
+            change(layer.headline.before, layer.headline.after) if layer.headline else None,
+            layer.measured_residual if layer.status == "shifted" else None,
+            Word(f"{layer.status} {marked.get(layer.reason, '')}".rstrip()),
+        ])
+    titles = ["layer", "operator", "d x m", "rank/d", name, "residual", "status"]
     note = (
-        "d x m: inputs and outputs. Rank: input directions that the data uses; the rest are free."
-        + " Residual: relative change of the layer's own output." * is_shifted
+        "d x m: inputs and outputs. Rank: input directions that the data uses; the rest are free. Residual: relative "
+        "change of the layer's own output."
     )
-    blocks: list[Block] = []
-    if rows:
-        blocks = [Table(columns, tuple(rows), note=note), ChartOf("headline"), ChartOf("spectrum")]
-    why = [Facts(tuple(Fact(f"[{k}]", reason) for k, reason in enumerate(reasons, 1)), "Why")] if reasons else []
     by_reason: dict[str, list[str]] = {}
     for layer in report.layers:
         if layer.status == "skipped":
             by_reason.setdefault(layer.reason, []).append(layer.name)
-    skips = tuple(Fact(f"{len(names)} skipped", Names(tuple(names)), reason) for reason, names in by_reason.items())
-    return Section("layers", "Layers", (*blocks, *why, *([Facts(skips, "Left alone")] if skips else [])))
+    skips = [Fact(f"{len(names)} skipped", tuple(names), reason) for reason, names in by_reason.items()]
+    blocks: list[Block] = [Table(titles, rows, note=note, more="operator", drawn=name)] if rows else []
+    blocks += [*explained(marked, "Why"), ChartOf("spectrum")] if rows else []
+    return Section("layers", "Layers", [*blocks, Facts(skips, "Left alone")] if skips else blocks)
 
 
 def _frontier(report: Report) -> Section | None:
-    points = frontier_points(report)
-    if not points or report.command == "verify":
+    """The objective's own path: per residual tolerance, what is left of its figure over the layers that have one."""
+    rows: list[list[Cell]] = []
+    for column in zip(*(layer.frontier for layer in candidates(report) if layer.frontier), strict=False):
+        ratios = [point.norm_ratio for point in column if point.norm_ratio is not None and finite(point.norm_ratio)]
+        if len(ratios) == len(column):
+            shares = (math.fsum(ratios) / len(ratios), min(ratios), max(ratios))
+            tolerance = f"{column[0].tolerance:g}" if column[0].tolerance else "exact"
+            rows.append([Figure(tolerance), *map(percent, shares)])
+    if not rows or report.command == "verify":
         return None
-    columns = figures("layer residual", "mean left", "least left", "most left")
-    rows: list[tuple[Cell, ...]] = [
-        ("exact" if tolerance == 0 else f"{tolerance:g}", *map(Percent, shares)) for tolerance, shares in points
-    ]
     note = f"{headline_name(report).capitalize()} of a layer as a share of the original's, from statistics only."
-    table = Table(columns, tuple(rows), note=note)
-    return Section("frontier", "What a tolerance would buy", (table, ChartOf("frontier")))
-
-
-def _decisions(report: Report) -> Section | None:
-    return Section("decisions", "How it was decided", tuple(map(Note, report.decisions))) if report.decisions else None
+    titles = ["layer residual", "mean left", "least left", "most left"]
+    return Section("frontier", "What a tolerance would buy", [Table(titles, rows, note=note, drawn="mean left")])
 
 
 def _run(report: Report) -> Section:
-    model, timing, tool = report.model, report.timing, report.tool
-    shown = [Fact("device", report.device.note or f"{report.device.capture}, {report.device.solve}")]
-    shown += _data("calibration", report.calibration) + (_data("held-out", report.heldout) if report.heldout else [])
+    timing, memory, device = report.timing, report.peak_memory_bytes, report.device
     stages = f"capture {timing.capture:.1f}, solve {timing.solve:.1f}, verify {timing.verify:.1f}"
-    shown.append(Fact("time", f"{timing.total:.1f} s", stages))
-    if report.peak_memory_bytes:
-        shown.append(Fact("peak memory", f"{report.peak_memory_bytes / 2**20:.0f} MiB"))
-    details = [Fact("command", tool.command), Fact("finished", f"{tool.finished} (UTC)")] if tool.command else []
-    details += [Fact("original", model.input), Fact("sha256", model.sha256_in)]
-    details += [Fact("written", model.output or "nothing"), Fact("sha256", model.sha256_out)]
-    details.append(Fact("opset, IR version", f"{model.opset}, {model.ir_version}"))
-    for label, data in (("calibration", report.calibration), ("held-out", report.heldout)):
-        details += [Fact(f"{label} fingerprint", data.fingerprint)] if data is not None else []
-    versions = tuple(Fact(f.name, getattr(tool, f.name)) for f in fields(tool) if f.name not in {"command", "finished"})
-    settings = tuple(Fact(key.replace("_", " "), _setting(value)) for key, value in report.settings.items())
-    blocks = (Facts(tuple(shown)), Facts(tuple(details), "To repeat it", detail=True))
-    return Section("run", "This run", (*blocks, Facts(versions, "Versions", True), Facts(settings, "Settings", True)))
+    rows = [
+        Fact("device", device.note or f"{device.capture}, {device.solve}"),
+        *_data("calibration", report.calibration),
+        *(_data("held-out", report.heldout) if report.heldout else []),
+        Fact("time", f"{timing.total:.1f} s", stages),
+        Fact("peak memory", f"{memory / 2**20:.0f} MiB" if memory else None),
+    ]
+    digests = {
+        f"{label} fingerprint": data.fingerprint if data else None
+        for label, data in (("calibration", report.calibration), ("held-out", report.heldout))
+    }
+    to_repeat = Facts(_listed(asdict(report.model) | digests | asdict(report.tool)), "To repeat it", detail=True)
+    settings = Facts(_listed(report.settings), "Settings", detail=True)
+    return Section("run", "This run", [Facts(known(*rows)), to_repeat, settings])
 
 
 def _data(label: str, data: DataInfo | None) -> list[Fact]:
@@ -278,7 +246,10 @@ def _data(label: str, data: DataInfo | None) -> list[Fact]:
     return [Fact(label, f"{count}, {source}"), *(Fact("", note) for note in data.notes)]
 
 
-def _setting(value: object) -> str | float | bool | None:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value)) or None
-    return value if value is None or isinstance(value, bool) else str(value)
+def _listed(values: Mapping[str, Any]) -> list[Fact]:
+    """Names and values, as they were given."""
+    rows = []
+    for name, value in values.items():
+        shown = ", ".join(map(str, value)) or None if isinstance(value, (list, tuple)) else value
+        rows.append(Fact(name.replace("_", " "), shown if shown is None or isinstance(shown, bool) else str(shown)))
+    return rows

@@ -7,17 +7,18 @@ becomes a small list. Text from the model is printed as it is, never as markup.
 from __future__ import annotations
 
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
-from rich.cells import cell_len, chop_cells
-from rich.console import Console
+from rich import table as rich_table
+from rich.cells import cell_len
+from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.text import Text
 
-from onnx_optshift.report.figures import Cell, Word, printable, text
+from onnx_optshift.report.figures import printable, text
 from onnx_optshift.report.model import Report
-from onnx_optshift.report.section import LOOKS, Block, ChartOf, Facts, Note, Table
+from onnx_optshift.report.section import Block, Fact, Facts, Note, Table, look
 from onnx_optshift.report.sections import sections, title
 
 _STYLES = {"good": "green", "warn": "yellow", "bad": "bold red", "plain": ""}
@@ -37,147 +38,76 @@ def console() -> Console:
 
 
 def render(report: Report, out: Console, *, verbose: bool = False) -> None:
-    """Prints a report of any command.
+    """Prints a report of any command, in the width of `out`; verbose also details: settings, versions, all names."""
+    for part in _parts(report, out.width, verbose):
+        for line in out.render_lines(part, pad=False):
+            shown = Text.assemble(*((segment.text, segment.style or "") for segment in line))
+            shown.rstrip()
+            out.print(shown, soft_wrap=True)
 
-    Args:
-        report: What to print.
-        out: Where to; its width decides where lines break.
-        verbose: Also details: trials, settings, versions, all names.
-    """
 
-    def say(line: str, style: str = "") -> None:
-        for part in _folded(printable(line), out.width):
-            out.print(Text(part, style=style), soft_wrap=True)
-
-    say(title(report), "bold")
+def _parts(report: Report, width: int, verbose: bool) -> Iterator[RenderableType]:
+    """Paragraphs and grids, from the top to the bottom."""
+    yield _plain(title(report), "bold")
     for section in sections(report):
         blocks = [block for block in section.blocks if verbose or not block.detail]
-        if not blocks:
-            continue
-        if section.key != "result":
-            out.print()
-            say(section.title, "bold")
+        if blocks and section.key != "result":
+            yield Text()
+            yield _plain(section.title, "bold")
         for block in blocks:
-            for line in _block(block, out.width, verbose):
-                out.print(line, soft_wrap=True)
-    out.print()
-    for warning in report.warnings:
-        say(f"warning: {warning}", "yellow")
-    say(report.summary, "bold")
+            yield from _block(block, width, verbose)
+    yield Text()
+    yield from (_plain(f"warning: {warning}", "yellow") for warning in report.warnings)
+    yield _plain(report.summary, "bold")
     if report.next_step:
-        say(report.next_step)
+        yield _plain(report.next_step)
 
 
-def _block(block: Block, width: int, verbose: bool) -> Iterator[Text]:
-    most = None if verbose else _MOST_NAMES
-    match block:
-        case Note():
-            yield from (Text(part, style=_STYLES[block.look]) for part in _folded(printable(block.text), width))
-        case Facts():
-            if block.title:
-                yield Text(block.title, style="italic")
-            rows = [
-                (row.label, f"{text(row.value, most)}{f', {row.remark}' if row.remark else ''}") for row in block.rows
-            ]
-            yield from _facts([(printable(label), printable(value), "") for label, value in rows], width)
-        case Table():
-            if block.title:
-                yield Text(block.title, style="italic")
-            yield from _table(block, width, verbose)
-            if block.note and verbose:
-                yield from (Text(part, style="dim") for part in _folded(printable(block.note), width))
-        case ChartOf():
-            return
+def _block(block: Block, width: int, verbose: bool) -> Iterator[RenderableType]:
+    if isinstance(block, Note):
+        yield _plain(block.text, _STYLES[block.look])
+    if isinstance(block, (Facts, Table)) and block.title:
+        yield _plain(block.title, "italic")
+    if isinstance(block, Facts):
+        yield _grid(block.rows, None if verbose else _MOST_NAMES)
+    if isinstance(block, Table):
+        yield from _table(block, width, verbose)
+        if block.note and verbose:
+            yield _plain(block.note, "dim")
 
 
-def _facts(rows: Sequence[tuple[str, str, str]], width: int, indent: str = "") -> Iterator[Text]:
-    """Label, value, style: values stand beside their labels, or below them where there is no room."""
-    edge = max((cell_len(label) for label, _, _ in rows), default=0) + _GAP + len(indent)
-    beside = width - edge >= _NARROWEST + _GAP
-    for label, value, style in rows:
-        parts = _folded(value, width - edge if beside else width - _GAP)
-        if beside:
-            lead = Text(_padded(indent + label, edge), style="dim")
-            yield lead + Text(parts[0], style=style)
-        else:
-            yield from (Text(indent + part, style="dim") for part in _folded(label, width - len(indent)))
-        yield from (Text(" " * (edge if beside else _GAP) + part, style=style) for part in parts[beside:])
+def _grid(rows: Iterable[Fact], most_names: int | None = None) -> RenderableType:
+    """Labels, and their values beside them."""
+    grid = rich_table.Table.grid(padding=(0, _GAP, 0, 0))
+    for label, value, remark in rows:
+        shown = f"{text(value, most_names)}{f', {printable(remark)}' if remark else ''}"
+        grid.add_row(_plain(label, "dim"), _plain(shown, _STYLES[look(value)]))
+    return grid
 
 
-def _table(table: Table, width: int, verbose: bool) -> Iterator[Text]:
-    kept = [k for k, column in enumerate(table.columns) if verbose or not column.detail]
-    columns = [table.columns[k] for k in kept]
-    rows = [[row[k] for k in kept] for row in table.rows]
-    cells = [[printable(text(cell)) for cell in row] for row in rows]
-    styles = [[_style(cell) for cell in row] for row in rows]
-    widths = _widths([column.is_figure for column in columns], [[c.title for c in columns], *cells], width)
-    if widths is None:
-        labels = [column.title for column in columns]
-        for names, looks in zip(cells, styles, strict=True):
-            yield from map(Text, _folded(names[0], width))
-            yield from _facts(list(zip(labels, names, looks, strict=True))[1:], width, indent="  ")
+def _table(table: Table, width: int, verbose: bool) -> Iterator[RenderableType]:
+    kept = [k for k, title in enumerate(table.titles) if verbose or title != table.more]
+    # A title gives way as far as its longest word, a figure not at all.
+    widths = [
+        max(cell_len(part) for part in [*table.titles[k].split(), *(text(row[k]) for row in table.rows)]) for k in kept
+    ]
+    figures = [table.figures[k] for k in kept]
+    least = sum(w if is_figure else min(w, _NARROWEST) for w, is_figure in zip(widths, figures, strict=True))
+    if least + _GAP * (len(kept) - 1) > width:
+        for row in table.rows:
+            yield _plain(text(row[0]))
+            yield Padding(_grid(Fact(table.titles[k], row[k]) for k in kept[1:]), (0, 0, 0, _GAP))
         return
-    titles = [_folded(column.title, width) for column, width in zip(columns, widths, strict=True)]
-    right = [column.is_figure for column in columns]
-    yield from _lines(titles, widths, right, ["dim"] * len(columns))
-    for names, looks in zip(cells, styles, strict=True):
-        yield from _lines(
-            [_folded(name, width) for name, width in zip(names, widths, strict=True)], widths, right, looks
+    grid = rich_table.Table(box=None, padding=(0, _GAP, 0, 0), pad_edge=False, header_style="dim")
+    for k, is_figure, longest in zip(kept, figures, widths, strict=True):
+        grid.add_column(
+            _plain(table.titles[k]), justify="right" if is_figure else "left", width=longest if is_figure else None
         )
+    for row in table.rows:
+        grid.add_row(*(_plain(text(row[k]), _STYLES[look(row[k])]) for k in kept))
+    yield grid
 
 
-def _widths(figures: Sequence[bool], cells: Sequence[Sequence[str]], width: int) -> list[int] | None:
-    """Columns' widths, so that no figure breaks and the rest shares the room; None where there is too little."""
-    longest = (
-        [max(map(cell_len, column)) for column in zip(*cells[1:], strict=True)] if cells[1:] else [0] * len(figures)
-    )
-    # A title gives way as far as its longest word.
-    least = [max(map(cell_len, name.split()), default=0) for name in cells[0]]
-    widths = [max(pair) for pair in zip(longest, least, strict=True)]
-    room = width - _GAP * (len(widths) - 1) - sum(w for w, figure in zip(widths, figures, strict=True) if figure)
-    flexible = sorted((k for k, figure in enumerate(figures) if not figure), key=lambda k: widths[k])
-    for place, k in enumerate(flexible):
-        share = room // (len(flexible) - place)
-        if share < min(widths[k], _NARROWEST):
-            return None
-        widths[k] = min(widths[k], share)
-        room -= widths[k]
-    return widths if room >= 0 else None
-
-
-def _lines(
-    cells: Sequence[Sequence[str]], widths: Sequence[int], right: Sequence[bool], looks: Sequence[str]
-) -> Iterator[Text]:
-    """One row of a table, in as many lines as its longest cell has."""
-    for n in range(max(map(len, cells), default=0)):
-        line = Text()
-        for parts, width, is_right, look in zip(cells, widths, right, looks, strict=True):
-            part = parts[n] if n < len(parts) else ""
-            space = " " * (width - cell_len(part))
-            line.append(f"{space if is_right else ''}{part}{'' if is_right else space}", style=look)
-            line.append(" " * _GAP)
-        line.rstrip()
-        yield line
-
-
-def _style(cell: Cell) -> str:
-    return _STYLES[LOOKS.get(cell.text, "plain")] if isinstance(cell, Word) else ""
-
-
-def _padded(part: str, width: int) -> str:
-    return part + " " * (width - cell_len(part))
-
-
-def _folded(line: str, width: int) -> list[str]:
-    """The text in lines of a width: broken at spaces, in names behind a separator, and anywhere if it must be."""
-    lines = [""]
-    for word in re.findall(r"\s*\S+", line):
-        pieces = [word]
-        if cell_len(word.strip()) > width:
-            pieces = [chop for piece in re.findall(r"[^/._:-]*[/._:-]?", word) for chop in chop_cells(piece, width)]
-        for piece in pieces:
-            if cell_len(lines[-1] + piece) <= width:
-                lines[-1] += piece
-            else:
-                lines.append(piece.lstrip())
-    return lines if lines[0] or len(lines) == 1 else lines[1:]
+def _plain(line: str, style: str = "") -> Text:
+    """Text that is no markup, and that folds where it finds no space to break at."""
+    return Text(printable(line), style=style, overflow="fold")
