@@ -21,10 +21,10 @@ from onnx_optshift.arguments import parse
 from onnx_optshift.errors import InputError, OptShiftError
 from onnx_optshift.isolation import INTERRUPTED, drain, run_isolated
 from onnx_optshift.options import DIAGNOSE, INSPECT, PROBES, SHIFT, VERIFY
+from onnx_optshift.report.progress import progress_for
 
 if TYPE_CHECKING:
     from onnx_optshift.report.model import Report
-    from onnx_optshift.report.progress import Progress
 
 DONE = 0
 
@@ -108,7 +108,7 @@ def _shift(args: argparse.Namespace) -> None:
 
     model, out = args.files
     data = (args.calibration, args.heldout)
-    result = shift.run(model, out, *data, args.settings, _progress(args), reports=args.report)
+    result = shift.run(model, out, *data, args.settings, progress_for(quiet=args.quiet), reports=args.report)
     written = "" if args.settings.dry_run else f"{out} was written and verified, its report was not"
     try:
         _publish(result.report, args)
@@ -121,14 +121,15 @@ def _shift(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from onnx_optshift.commands.inspect import inspect
 
-    _publish(inspect(args.files[0], args.calibration, args.settings, _progress(args)), args)
+    _publish(inspect(args.files[0], args.calibration, args.settings, progress_for(quiet=args.quiet)), args)
 
 
 def _verify(args: argparse.Namespace) -> None:
     from onnx_optshift.commands.verify import judge, verify
 
     original, changed = args.files
-    report = verify(original, changed, args.calibration, args.settings, _progress(args), baseline=args.baseline)
+    progress = progress_for(quiet=args.quiet)
+    report = verify(original, changed, args.calibration, args.settings, progress, baseline=args.baseline)
     _publish(report, args)
     judge(report)
 
@@ -138,7 +139,7 @@ def _diagnose(args: argparse.Namespace) -> None:
 
     model = args.files[0]
     probes = args.settings.flatness or PROBES
-    report = diagnose(model, args.calibration, args.heldout, args.settings, probes, _progress(args))
+    report = diagnose(model, args.calibration, args.heldout, args.settings, probes, progress_for(quiet=args.quiet))
     _publish(report, args)
 
 
@@ -148,12 +149,6 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
     VERIFY: _verify,
     DIAGNOSE: _diagnose,
 }
-
-
-def _progress(args: argparse.Namespace) -> Progress:
-    from onnx_optshift.report.progress import Noted, progress_for
-
-    return Noted(progress_for(quiet=args.quiet))
 
 
 def _publish(report: Report, args: argparse.Namespace) -> None:

@@ -45,8 +45,9 @@ def diagnose(
     Raises:
         InputError: The model, the data or a setting cannot be used.
     """
-    clock = Clock()
-    prepared = prepare(model, settings, calibration, heldout, progress=progress)
+    clock = Clock(progress)
+    with progress.stage("preparation"):
+        prepared = prepare(model, settings, calibration, heldout, progress=progress)
     data, found = prepared.data, Findings("diagnose", prepared)
     if data is None:
         raise InputError("diagnose needs data to look at: give it with --calib.")

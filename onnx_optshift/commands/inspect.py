@@ -37,8 +37,9 @@ def inspect(
     Raises:
         InputError: The model, the data or a setting cannot be used.
     """
-    clock = Clock()
-    prepared = prepare(model, settings, calibration, progress=progress)
+    clock = Clock(progress)
+    with progress.stage("preparation"):
+        prepared = prepare(model, settings, calibration, progress=progress)
     found, data = Findings("inspect", prepared), prepared.data
     if data is not None and prepared.weights:
         with clock("capture"):

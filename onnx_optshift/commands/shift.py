@@ -83,11 +83,12 @@ def run(
         DeviceError: The device is not available.
         ToleranceError: The outputs left the tolerance and backing off did not help.
     """
-    clock = Clock()
+    clock = Clock(progress)
     output = None if settings.dry_run else out
     if output is not None:
         check_target(output)  # before the work, not after it
-    prepared = prepare(model, settings, calibration, heldout, make_up=True, progress=progress)
+    with progress.stage("preparation"):
+        prepared = prepare(model, settings, calibration, heldout, make_up=True, progress=progress)
     check_places(output, reports, [*prepared.reads, settings.custom_op_library], force=settings.force)
     off = (GATE_OFF,) if heldout and list(heldout) == [NO_HELDOUT] and prepared.data is not None else ()
     with ExitStack() as stack:

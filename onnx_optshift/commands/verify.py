@@ -48,8 +48,9 @@ def verify(
     Raises:
         InputError: A model or the data cannot be used.
     """
-    clock = Clock()
-    prepared = prepare(original, settings, calibration, progress=progress)
+    clock = Clock(progress)
+    with progress.stage("preparation"):
+        prepared = prepare(original, settings, calibration, progress=progress)
     a, b, data = prepared.model, ModelFile.load(changed), prepared.data
     if b.path is None or a.path is None:
         raise InputError("verify compares two files: give the paths of both models.")

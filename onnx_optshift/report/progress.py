@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TextIO
 
 from onnx_optshift import journal
@@ -20,7 +21,7 @@ EVERY = 30.0
 
 
 class Progress:
-    """Says nothing. The base of those that do.
+    """Says nothing, but notes the stage for whoever has to tell where a run died. The base of those that speak.
 
     ```python
     with progress.stage("capture", total=len(samples)) as advance:
@@ -31,7 +32,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
-        """One stage of the work.
+        """One stage of the work; stages may lie in stages.
 
         Args:
             name: A word or two for the user.
@@ -40,58 +41,67 @@ class Progress:
         Yields:
             A function to call with the number of steps done since the last call.
         """
-        yield lambda _: None
+        with journal.stage(name):
+            yield lambda _: None
+
+
+@dataclass
+class _Stage:
+    name: str
+    total: int | None
+    done: int = 0
+    start: float = field(default_factory=time.perf_counter)
+
+    def advance(self, steps: int) -> None:
+        self.done += steps
 
 
 class Lines(Progress):
-    """A line when a stage ends, with its time; and while it runs one now and then, even if it never advances.
+    """A line when an outermost stage ends, with its time; and while it runs one now and then, even if none advances.
 
     Args:
         file: Where the lines go; standard error by default.
         every: Seconds between the lines of a stage that runs.
     """
 
-    def __init__(self, file: TextIO | None = None, every: float = EVERY) -> None:
+    def __init__(self, file: TextIO | None = None, every: float | None = None) -> None:
         self._file = file
-        self._every = every
-        self._running: list[object] = []
+        self._every = EVERY if every is None else every
+        self._stages: list[_Stage] = []
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
-        """See `Progress.stage`; of stages inside stages the innermost speaks. One that fails leaves no last line."""
-        done = 0
-        start = time.perf_counter()
-        ended = threading.Event()
-
-        def advance(steps: int) -> None:
-            nonlocal done
-            done += steps
-
-        def say() -> None:
-            of = "" if total is None else f"{done} of {total}, "
-            # Nobody may listen any more, which is no reason to end a run.
-            with suppress(OSError, ValueError):
-                print(f"{name}: {of}{_seconds(start)}", file=self._file or sys.stderr, flush=True)
-
-        def repeat() -> None:
-            while not ended.wait(self._every):
-                if self._running[-1:] == [ended]:
-                    say()
-
-        self._running.append(ended)
-        # A daemon: it must not keep a process alive that ends in another way.
-        threading.Thread(target=repeat, name=f"progress of {name}", daemon=True).start()
+        """See `Progress.stage`. One that fails leaves no last line."""
+        stage, outermost, ended = _Stage(name, total), not self._stages, threading.Event()
+        self._stages.append(stage)
+        if outermost:
+            # A daemon: it must not keep a process alive that ends in another way.
+            threading.Thread(target=self._repeat, args=(ended,), name="progress", daemon=True).start()
         try:
-            yield advance
+            with super().stage(name):
+                yield stage.advance
         finally:
             ended.set()
-            self._running.remove(ended)
-        say()
+            self._stages.remove(stage)
+        if outermost:
+            self._say([stage])
 
+    def _repeat(self, ended: threading.Event) -> None:
+        while not ended.wait(self._every):
+            self._say(self._stages[:])
 
-def _seconds(start: float) -> str:
-    seconds = time.perf_counter() - start
-    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    def _say(self, stages: list[_Stage]) -> None:
+        """How far the innermost stage is, and how long the outermost has been running."""
+        if not stages:  # ended just now
+            return
+        outer, inner = stages[0], stages[-1]
+        words = [] if inner.name == outer.name else [inner.name]
+        words += [] if inner.total is None else [f"{inner.done} of {inner.total}"]
+        seconds = time.perf_counter() - outer.start
+        words.append(f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s")
+        # Nobody may listen any more, which is no reason to end a run.
+        with suppress(OSError, ValueError):
+            print(f"{outer.name}: {', '.join(words)}", file=self._file or sys.stderr, flush=True)
 
 
 class Bar(Progress):
@@ -114,7 +124,8 @@ class Bar(Progress):
             display.start()
         task = display.add_task(name, total=total)
         try:
-            yield lambda steps: display.update(task, advance=steps)
+            with super().stage(name):
+                yield lambda steps: display.update(task, advance=steps)
         finally:
             display.remove_task(task)
             if outermost:
@@ -135,33 +146,11 @@ class Bar(Progress):
         )
 
 
-class Noted(Progress):
-    """Another progress, whose stages are recorded too: what a crash interrupts can be told.
-
-    Args:
-        shown: What the user sees.
-    """
-
-    def __init__(self, shown: Progress) -> None:
-        self._shown = shown
-
-    @contextmanager
-    def stage(self, name: str, total: int | None = None) -> Iterator[Advance]:
-        """See `Progress.stage`."""
-        with journal.stage(name), self._shown.stage(name, total) as advance:
-            yield advance
-
-
 SILENT = Progress()
 
 
 def progress_for(*, quiet: bool = False, file: TextIO | None = None) -> Progress:
-    """The progress that suits the place: a bar on a terminal, lines elsewhere, nothing if quiet.
-
-    Args:
-        quiet: Nothing in any case.
-        file: Where it goes; standard error by default.
-    """
+    """What suits the place, standard error by default: a bar on a terminal, lines elsewhere, nothing if quiet."""
     file = file or sys.stderr
     if quiet:
         return SILENT

@@ -34,6 +34,7 @@ def layers_maker(prepared: Prepared, data: Data, objective: Objective | None = N
             slopes=slopes,
             grids=grids,
             keep=bench.sessions.keep,
+            progress=bench.progress,
         )
 
     return make

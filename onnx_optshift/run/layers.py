@@ -18,6 +18,7 @@ from onnx_optshift.capture.statistics import Moments, StatisticsStore
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.quantize.rtn import Grid
+from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.solve.finish import as_matrix, finished
 from onnx_optshift.solve.objective import Norm, Objective, Point
 from onnx_optshift.solve.problem import ROUNDING_UNIT, Problem
@@ -160,6 +161,7 @@ class Layers:
         slopes: StatisticsStore | None = None,
         grids: Sequence[Grid] = (),
         keep: Callable[[NDArray[np.generic]], NDArray[np.generic]] = lambda array: array,
+        progress: Progress = SILENT,
     ) -> None:
         self.weights = {weight.name: weight for weight in weights}
         self.store = store
@@ -170,6 +172,7 @@ class Layers:
         self._slopes = slopes
         self._grids = tuple(grids)
         self._keep = keep
+        self._progress = progress
         # Of the wave that is held. (moments it was made from, factorization): moments captured anew make it stale.
         self._spectra: dict[tuple[Tap, ...], tuple[InputMoments, Spectrum]] = {}
         self._metrics: dict[tuple[Tap, ...], tuple[Metric | None, str]] = {}
@@ -179,7 +182,11 @@ class Layers:
 
     def _candidate(self, tolerance: float) -> Candidate:
         by_wave = sorted(self.weights.values(), key=self._wave)
-        solved = {weight.name: self.solve(weight, tolerance) for weight in by_wave}
+        solved: dict[str, Solved] = {}
+        with self._progress.stage("solve", len(by_wave)) as advance:
+            for weight in by_wave:
+                solved[weight.name] = self.solve(weight, tolerance)
+                advance(1)
         return Candidate({name: solved[name] for name in self.weights}, tolerance, self.facts)
 
     def survey(self) -> Mapping[str, LayerFacts]:
