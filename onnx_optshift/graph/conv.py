@@ -44,7 +44,7 @@ def match(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
         return f"{shape[0]} output channels cannot be divided into {group} groups"
     width = shape[1] * math.prod(kernel)
     form = form.then(Reshape((group, shape[0] // group, width))).then(Transpose((0, 2, 1)))
-    return make_match(node, 0, form, PatchRows(kernel, strides, dilations, pads, auto_pad, group))
+    return make_match(node, node.inputs[:1], form, PatchRows(kernel, strides, dilations, pads, auto_pad, group))
 
 
 def match_transposed(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
@@ -57,4 +57,4 @@ def match_transposed(node: gs.Node, operand: int, form: WeightForm) -> Match | s
         return f"{shape[0]} input channels cannot be divided into {group} groups"
     form = form.then(Reshape((group, shape[0] // group, math.prod(shape[1:]))))
     ones = (1,) * (len(shape) - 2)
-    return make_match(node, 0, form, PatchRows(ones, ones, ones, (0,) * (2 * len(ones)), group=group))
+    return make_match(node, node.inputs[:1], form, PatchRows(ones, ones, ones, (0,) * (2 * len(ones)), group=group))

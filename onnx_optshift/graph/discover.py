@@ -23,7 +23,7 @@ from onnx_optshift.graph.passthrough import QUANTIZATION, constant_integers, pas
 from onnx_optshift.graph.scopes import place
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.graph.tensors import FLOAT_TYPES, type_name
-from onnx_optshift.graph.weights import Match, Skip, Weight, attribute, display_name, domain_of
+from onnx_optshift.graph.weights import Match, Skip, Weight, attribute
 
 # They read a tensor's dims, which a shift keeps.
 _SHAPE_ONLY: Final = frozenset({"Shape", "Size"})
@@ -90,7 +90,7 @@ class _Finder:
             first, _ = layers[0]
             match = self._judge(tensor, readings, first)
             if isinstance(match, str):
-                yield position, Skip(name, display_name(first), first.op, match)
+                yield position, Skip(name, str(first.name), first.op, match)
             else:
                 yield position, Weight(name, type_name(tensor), shape, match.form, match.uses)
 
@@ -104,7 +104,7 @@ class _Finder:
                 value = node.inputs[operand] if operand < len(node.inputs) else None
                 if value is not None and value.name and self._scopes.is_constant(value):
                     name = None if value.inputs else str(value.name)
-                    skip = Skip(name, display_name(node), node.op, self._why_unnamed(node, value))
+                    skip = Skip(name, str(node.name), node.op, self._why_unnamed(node, value))
                     yield self._position[id(node)], skip
 
     def _why_unnamed(self, node: gs.Node, value: gs.Tensor) -> str:
@@ -114,11 +114,11 @@ class _Finder:
         if producer is None or (producer.op == "Constant" and not producer.attrs):
             return "its weight is stored sparse"
         if producer.op != "Constant":
-            by = f"{producer.op} node {display_name(producer)!r}"
+            by = f"{producer.op} node {producer.name!r}"
             return f"its weight is computed from constants by {by}; fold constants first"
         if "value" in producer.attrs:
             return "its weight is a constant inside a function, which has it for all its calls"
-        return f"its weight is a list of numbers in Constant node {display_name(producer)!r}, no tensor"
+        return f"its weight is a list of numbers in Constant node {producer.name!r}, no tensor"
 
     def _judge(self, tensor: onnx.TensorProto, readings: Sequence[_Reading], first: gs.Node) -> Match | str:
         """The one form and all uses of a constant, or why it must stay."""
@@ -160,7 +160,7 @@ class _Finder:
         uses = []
         for use in match.uses:
             owners, tap = self._scopes.owners(self._values[use.tap.value]), use.tap
-            closed = [owner for owner in owners if not can_expose(owner.op, domain_of(owner), self._model.opset)]
+            closed = [owner for owner in owners if not can_expose(owner.op, owner.domain, self._model.opset)]
             if closed:
                 return f"inside {place(around)}: {closed[0].op} does not hand out what flows there"
             if owners:
@@ -182,9 +182,9 @@ class _Finder:
             if value.name in self._scopes.leaked:
                 yield _Reading(self._scopes.leaked[value.name], None, 0, state)
             for node, operand in self._scopes.readers[id(value)]:
-                if node.op in _SHAPE_ONLY and not domain_of(node):
+                if node.op in _SHAPE_ONLY and not node.domain:
                     continue
-                function = self._scopes.functions.get((domain_of(node), node.op))
+                function = self._scopes.functions.get((node.domain, node.op))
                 behind = passed_through(node, operand, state.form, self._integers)
                 if function is not None and operand < len(function.inputs):
                     todo.append((function.inputs[operand], state))
@@ -193,7 +193,7 @@ class _Finder:
                     todo.append((node.outputs[0], _State(behind, state.quantized or node.op in QUANTIZATION, kind)))
                 else:
                     owners = self._scopes.owners(node)
-                    reader = f"{node.op} node {display_name(node)!r}" + (f" inside {place(owners)}" if owners else "")
+                    reader = f"{node.op} node {node.name!r}" + (f" inside {place(owners)}" if owners else "")
                     yield _Reading(reader, node, operand, state)
 
     def _multiplies(self, node: gs.Node, operand: int) -> bool:

@@ -49,7 +49,7 @@ def match(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
     order = tuple(weight.index(letter) for letter in (*groups, *features, *columns))
     matrix = tuple(math.prod(sizes[letter] for letter in letters) for letters in (groups, features, columns))
     rows = _rows(tuple(_axis(x, letter) for letter in features), tuple(_axis(x, letter) for letter in groups))
-    return make_match(node, 1 - operand, form.then(Transpose(order)).then(Reshape(matrix)), rows)
+    return make_match(node, [node.inputs[1 - operand]], form.then(Transpose(order)).then(Reshape(matrix)), rows)
 
 
 def _rows(features: tuple[int, ...], groups: tuple[int, ...]) -> RowForm:

@@ -38,7 +38,7 @@ def match(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
             form = swapped(form)
         form = form.then(Reshape((math.prod(batch), *form.result_shape[-2:]))) if batch else with_leading_axis(form)
     rows = MatrixRows(feature_axis=-1 if features_last else -2, batch=batch, scale=float(alpha))
-    return make_match(node, 1 - operand, form, rows)
+    return make_match(node, [node.inputs[1 - operand]], form, rows)
 
 
 def match_matrix(node: gs.Node, operand: int, form: WeightForm) -> Match | str:

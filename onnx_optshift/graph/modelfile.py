@@ -160,7 +160,7 @@ class ModelFile:
         # Protobuf hands out bytes for what is not UTF-8.
         nodes = self.scopes.nodes
         names = [value.name for node in nodes for value in (node, *node.inputs, *node.outputs)]
-        names += [text for node in nodes for text in (node.op, node.domain or "")]
+        names += [text for node in nodes for text in (node.op, node.domain)]
         for graph in graphs(self.flat.graph):
             names += [part.name for part in (*graph.input, *graph.output, *graph.initializer)]
         wrong = next((name for name in names if not isinstance(name, str)), None)
@@ -235,15 +235,8 @@ def _short(error: Exception) -> str:
 
 
 def _spec(value: onnx.ValueInfoProto) -> TensorSpec:
-    if value.type.WhichOneof("value") != "tensor_type":
-        return TensorSpec(value.name, None, None)
-    tensor = value.type.tensor_type
-    shape: tuple[int | str | None, ...] | None = None
-    if tensor.HasField("shape"):
-        shape = tuple(
-            dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor.shape.dim
-        )
-    try:
-        return TensorSpec(value.name, np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)), shape)
-    except (KeyError, ValueError, TypeError):
-        return TensorSpec(value.name, None, shape)
+    tensor = value.type.tensor_type  # an empty one for what is no tensor
+    known = tensor.elem_type in onnx.helper.get_all_tensor_dtypes()
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type)) if known else None
+    dims = (dim.dim_value if dim.HasField("dim_value") else (dim.dim_param or None) for dim in tensor.shape.dim)
+    return TensorSpec(value.name, dtype, tuple(dims) if tensor.HasField("shape") else None)

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_optshift.geometry import WeightForm
 from onnx_optshift.graph import conv, einsum, matmul, recurrent
-from onnx_optshift.graph.weights import MICROSOFT, Match, Matcher, domain_of
+from onnx_optshift.graph.weights import MICROSOFT, Match, Matcher
 
 QUANTIZED: Final = "already quantized"
 
@@ -75,4 +75,4 @@ OPERATORS: Final[dict[tuple[str, str], Operator]] = {
 
 def operator_of(node: gs.Node) -> Operator | None:
     """The linear operator that a node is, or None."""
-    return OPERATORS.get((domain_of(node), node.op))
+    return OPERATORS.get((node.domain, node.op))

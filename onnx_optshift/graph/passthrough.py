@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 
 from onnx_optshift.geometry import Reshape, Transpose, WeightForm
 from onnx_optshift.graph.tensors import FLOAT_TYPES, inline_array, is_external
-from onnx_optshift.graph.weights import MICROSOFT, attribute, domain_of, operand_of
+from onnx_optshift.graph.weights import MICROSOFT, attribute, operand_of
 
 # The integers that a value is known to hold; None when it is computed.
 Integers = Callable[[gs.Tensor], "tuple[int, ...] | None"]
@@ -26,7 +26,7 @@ def passed_through(node: gs.Node, operand: int, form: WeightForm, integers: Inte
     None when it does something else, or when its shape is not known beforehand; `integers` looks up shapes and axes.
     """
     rank = len(form.result_shape)
-    known = not domain_of(node) or (domain_of(node) == MICROSOFT and node.op in QUANTIZATION)
+    known = not node.domain or (node.domain == MICROSOFT and node.op in QUANTIZATION)
     if not known or operand != 0 or not node.outputs or rank > _MOST_AXES:
         return None
     match node.op:

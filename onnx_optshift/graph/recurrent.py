@@ -28,7 +28,7 @@ def match(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
     if operand == _RECURRENT:
         return _recurrent(node, form)
     rows = swapped(form.then(Reshape((shape[0] * shape[1], shape[2]))))
-    return make_match(node, 0, with_leading_axis(rows), MatrixRows())
+    return make_match(node, node.inputs[:1], with_leading_axis(rows), MatrixRows())
 
 
 def _recurrent(node: gs.Node, form: WeightForm) -> Match | str:

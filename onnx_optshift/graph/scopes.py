@@ -11,8 +11,6 @@ from collections.abc import Iterable
 
 import onnx_graphsurgeon as gs
 
-from onnx_optshift.graph.weights import display_name, domain_of
-
 _RANDOM = frozenset({
     "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Bernoulli", "Multinomial", "Dropout"
 })  # fmt: skip
@@ -24,14 +22,15 @@ class Scopes:
     """A graph with its bodies and functions, flattened. Nodes and values are known by identity.
 
     A function that could not be inlined may use any name again, and graphsurgeon compares values by name alone: hence
-    `id` everywhere.
+    `id` everywhere. Nodes without a name are called after their first output, which is unique in any case, and the
+    standard domain is always spelled `""`.
     """
 
     def __init__(self, graph: gs.Graph) -> None:
         self.graph = graph
         self.nodes: list[gs.Node] = []  # all of the model, outer ones first
         self.readers: defaultdict[int, list[tuple[gs.Node, int]]] = defaultdict(list)  # with the operand, by value
-        self.functions = {(domain_of(function), function.name): function for function in graph.functions}
+        self.functions = {(_domain(function), function.name): function for function in graph.functions}
         # Names of what the model and bodies hand out, with the place. A body may hand out an outer value or a constant.
         self.leaked: dict[str, str] = {}
         self._owners: dict[int, Owners] = {}
@@ -62,6 +61,8 @@ class Scopes:
     def _enter(self, nodes: Iterable[gs.Node], owners: Owners) -> None:
         inner: list[tuple[gs.Graph, gs.Node]] = []
         for node in nodes:
+            node.name = node.name or next((o.name for o in node.outputs if o.name), f"unnamed {node.op}")
+            node.domain = _domain(node)
             self.nodes.append(node)
             self._owners[id(node)] = owners
             bodies = [value for value in node.attrs.values() if isinstance(value, gs.Graph)]
@@ -84,4 +85,8 @@ def place(owners: Owners) -> str:
     inner = owners[-1]
     if isinstance(inner, gs.Function):
         return f"the function {inner.name!r}"
-    return f"the body of {inner.op} node {display_name(inner)!r}"
+    return f"the body of {inner.op} node {inner.name!r}"
+
+
+def _domain(part: gs.Node | gs.Function) -> str:
+    return "" if part.domain in (None, "ai.onnx") else part.domain

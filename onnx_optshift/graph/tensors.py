@@ -51,13 +51,12 @@ def stored_dtype(tensor: onnx.TensorProto) -> np.dtype[np.generic]:
     Raises:
         InputError: The element type has no numpy counterpart.
     """
-    try:
-        return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).newbyteorder("<")
-    except (KeyError, ValueError, TypeError) as error:
+    if tensor.data_type not in onnx.helper.get_all_tensor_dtypes():
         raise InputError(
             f"tensor {tensor.name!r}: element type {tensor.data_type} is unknown to onnx {onnx.__version__}. "
             "Update onnx, or export the model again."
-        ) from error
+        )
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)).newbyteorder("<")
 
 
 def raw_size(tensor: onnx.TensorProto) -> int:

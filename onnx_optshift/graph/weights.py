@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
@@ -75,32 +75,17 @@ class Match:
 Matcher = Callable[[gs.Node, int, WeightForm], "Match | str"]
 
 
-def display_name(node: gs.Node) -> str:
-    """The node's name; its first output where it has none, which is unique in any case."""
-    return str(node.name) or next((str(o.name) for o in node.outputs if o.name), f"unnamed {node.op}")
-
-
-def domain_of(node: gs.Node | gs.Function) -> str:
-    """A node's operator domain; the two spellings of the standard one are the same."""
-    return "" if node.domain in (None, "ai.onnx") else str(node.domain)
+def make_match(node: gs.Node, activations: Sequence[gs.Tensor], form: WeightForm, rows: RowForm) -> Match:
+    """The match of a finished form `[g, d, m]` with these activations, read as `rows`."""
+    groups, width, _ = form.result_shape
+    output = next((str(value.name) for value in node.outputs if value.name), "")
+    taps = [Tap(str(value.name), rows, groups, width) for value in activations]
+    return Match(tuple(Use(str(node.name), node.op, tap, output) for tap in taps), form)
 
 
 def operand_of(node: gs.Node, index: int) -> gs.Tensor | None:
     """An input of a node; None where it is left out."""
     return node.inputs[index] if index < len(node.inputs) and node.inputs[index].name else None
-
-
-def make_match(node: gs.Node, activations: int | list[gs.Tensor], form: WeightForm, rows: RowForm) -> Match | str:
-    """The match of a finished form `[g, d, m]` with the activation at one operand, or with several, read as `rows`."""
-    if isinstance(activations, int):
-        activation = operand_of(node, activations)
-        if activation is None:
-            return f"{node.op} node {display_name(node)!r} has no input {activations}"
-        activations = [activation]
-    groups, width, _ = form.result_shape
-    output = next((str(value.name) for value in node.outputs if value.name), "")
-    taps = [Tap(str(value.name), rows, groups, width) for value in activations]
-    return Match(tuple(Use(display_name(node), node.op, tap, output) for tap in taps), form)
 
 
 def attribute(node: gs.Node, name: str, default: _Value) -> _Value:
@@ -118,7 +103,7 @@ def attribute(node: gs.Node, name: str, default: _Value) -> _Value:
     if isinstance(value, type(default)):
         return value
     raise InputError(
-        f"{node.op} node {display_name(node)!r}: attribute {name!r} should be like {default!r}, found {value!r}. "
+        f"{node.op} node {node.name!r}: attribute {name!r} should be like {default!r}, found {value!r}. "
         "Export the model again."
     )
 
