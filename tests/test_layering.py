@@ -16,10 +16,10 @@ ROWS = [
     ["write.leftovers", "journal"],
     ["geometry", "report.diagnosis", "report.progress", "isolation"],
     ["report.model", "settings"],
-    ["report"],
-    ["graph", "calibration", "stats", "quantize", "arguments"],
+    ["graph", "calibration", "stats", "quantize"],
     ["write", "capture", "solve", "prove.compare", "prove.static"],
-    ["run"],
+    ["report"],
+    ["run", "arguments"],
     ["prove"],
     ["decide"],
     ["diagnose"],
@@ -118,7 +118,7 @@ def test_imports_run_one_way():
         ("stats.rows", "def f():\n    import onnxruntime"),
         ("solve.shift", "from onnx_optshift.capture.session import Session"),
         ("errors", "import onnx_optshift.geometry"),
-        ("report.terminal", "if TYPE_CHECKING:\n    from onnx_optshift import optimize"),
+        ("report.terminal", "if TYPE_CHECKING:\n    from onnx_optshift import api"),
     ],
 )
 def test_violations_are_noticed(module, source):
