@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from numpy.typing import NDArray
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 CLASSES = 10
+OPSET = 17  # the first with LayerNormalization
+IR_VERSION = 8  # the one of opset 17's release, so that old runtimes read the files too
 
 
 class GraphWriter:
@@ -33,6 +36,33 @@ class GraphWriter:
         """Adds a node; returns its output's name."""
         self.nodes.append(helper.make_node(op_type, inputs, [name], name=name, **attributes))
         return name
+
+    def model(
+        self,
+        name: str,
+        inputs: tuple[str, int, list[str | int]],
+        outputs: tuple[str, int, list[str | int]],
+        properties: dict[str, str] | None = None,
+        **fields: str,
+    ) -> onnx.ModelProto:
+        """The model of all nodes, with one input and one output (name, element type, shape)."""
+        values = [[helper.make_tensor_value_info(*each)] for each in (inputs, outputs)]
+        graph = helper.make_graph(self.nodes, name, *values, self.initializers)
+        opset = [helper.make_opsetid("", OPSET)]
+        model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, **fields)
+        helper.set_model_props(model, properties or {})
+        return model
+
+    def network(
+        self, network: nn.Module, name: str, x: str, shape: tuple[int, ...], output: str, **more: Any
+    ) -> onnx.ModelProto:
+        """The checked model of a network from float32 images to logits, with a dynamic batch axis."""
+        network.write(self, x, output)
+        model = self.model(
+            name, (x, TensorProto.FLOAT, ["batch", *shape]), (output, TensorProto.FLOAT, ["batch", CLASSES]), **more
+        )
+        onnx.checker.check_model(model, full_check=True)
+        return model
 
     def gemm(self, x: str, name: str, layer: nn.Linear, *, trans_b: bool) -> str:
         """A Gemm with the weight as PyTorch stores it `[m, d]` (trans_b) or as a plain factor `[d, m]`."""

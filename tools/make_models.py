@@ -19,16 +19,13 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from digits_networks import CLASSES, Cnn, GraphWriter, Mlp, Transformer
+from digits_networks import CLASSES, OPSET, Cnn, GraphWriter, Mlp, Transformer
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
 CALIBRATION_SAMPLES = 1000
-OPSET = 17  # the first with LayerNormalization
-IR_VERSION = 8  # the one of opset 17's release, so that old runtimes read the files too
 
 
 @dataclass(frozen=True)
@@ -130,21 +127,16 @@ def train(network: nn.Module, split: Split, recipe: Recipe) -> None:
 
 def to_onnx(network: nn.Module, name: str, recipe: Recipe, seed: int) -> onnx.ModelProto:
     """The network as a checked model with a dynamic batch axis."""
-    writer = GraphWriter()
-    network.write(writer, recipe.input, recipe.output)
-    graph = helper.make_graph(
-        writer.nodes,
+    return GraphWriter().network(
+        network,
         name,
-        [helper.make_tensor_value_info(recipe.input, TensorProto.FLOAT, ["batch", *recipe.shape])],
-        [helper.make_tensor_value_info(recipe.output, TensorProto.FLOAT, ["batch", CLASSES])],
-        writer.initializers,
+        recipe.input,
+        recipe.shape,
+        recipe.output,
+        properties={"data": "sklearn.datasets.load_digits", "seed": str(seed)},
+        producer_name="make_models",
+        doc_string=f"{recipe.about} Trained on scikit-learn's digits (pixel / 16).",
     )
-    opset = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="make_models")
-    model.doc_string = f"{recipe.about} Trained on scikit-learn's digits (pixel / 16)."
-    helper.set_model_props(model, {"data": "sklearn.datasets.load_digits", "seed": str(seed)})
-    onnx.checker.check_model(model, full_check=True)
-    return model
 
 
 def accuracy(scores: NDArray[np.float32], labels: NDArray[np.int64]) -> float:

@@ -12,17 +12,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-import onnx
-from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
+from digits_networks import GraphWriter
+from onnx import TensorProto
+from torch import nn
 
-OPSET = 17  # the first with LayerNormalization
-IR_VERSION = 8
 # The ONNX specification asks for offsets at multiples of the page size, so that tensors can be mapped.
 ALIGNMENT = 4096
 HEAD_WIDTH = 64
@@ -59,21 +57,18 @@ class Sizes:
         return 4 * (self.layers * block + (2 * self.vocabulary + self.tokens) * self.width)
 
 
-@dataclass
-class Writer:
+class Writer(GraphWriter):
     """A graph that grows node by node while its large weights go straight to the data file.
 
-    Attributes:
+    Args:
         file: The data file.
         location: Its name, as the model refers to it.
-        rng: Draws the weights.
+        seed: Of the weights.
     """
 
-    file: BinaryIO
-    location: str
-    rng: np.random.Generator
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    initializers: list[TensorProto] = field(default_factory=list)
+    def __init__(self, file: BinaryIO, location: str, seed: int) -> None:
+        super().__init__()
+        self.file, self.location, self.rng = file, location, np.random.default_rng(seed)
 
     def normal(self, name: str, shape: tuple[int, ...], deviation: float) -> str:
         """An external float32 initializer of independent normal entries."""
@@ -88,26 +83,14 @@ class Writer:
         self.initializers.append(tensor)
         return name
 
-    def constant(self, name: str, array: NDArray[np.generic]) -> str:
-        """A small initializer inside the model file."""
-        self.initializers.append(numpy_helper.from_array(array, name))
-        return name
-
-    def node(self, op: str, inputs: list[str], name: str, **attributes: Any) -> str:
-        """A node with one output, named as the node."""
-        self.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
-        return name
-
     def linear(self, x: str, name: str, d: int, m: int, gain: float = 1.0) -> str:
         """`x W`, with W `[d, m]` such that rows of unit variance come out with variance `gain²`."""
         weight = self.normal(f"{name}.weight", (d, m), gain / math.sqrt(d))
         return self.node("MatMul", [x, weight], name)
 
-    def layer_norm(self, x: str, name: str, width: int) -> str:
+    def plain_norm(self, x: str, name: str, width: int) -> str:
         """Layer normalization with unit scale."""
-        scale = self.constant(f"{name}.scale", np.ones(width, np.float32))
-        bias = self.constant(f"{name}.bias", np.zeros(width, np.float32))
-        return self.node("LayerNormalization", [x, scale, bias], name, axis=-1)
+        return self.layer_norm(x, name, nn.LayerNorm(width))
 
 
 def write(folder: Path, sizes: Sizes, seed: int) -> Path:
@@ -116,23 +99,22 @@ def write(folder: Path, sizes: Sizes, seed: int) -> Path:
     path = folder / "model.onnx"
     width, heads, tokens = sizes.width, sizes.heads, sizes.tokens
     with (folder / f"{path.name}.data").open("wb") as file:
-        writer = Writer(file, f"{path.name}.data", np.random.default_rng(seed))
-        writer.constant("heads.shape", np.array([0, 0, heads, width // heads], np.int64))
-        writer.constant("width.shape", np.array([0, 0, width], np.int64))
-        writer.constant("attention.scale", np.array(1 / math.sqrt(width // heads), np.float32))
+        writer = Writer(file, f"{path.name}.data", seed)
+        writer.tensor("heads.shape", np.array([0, 0, heads, width // heads], np.int64))
+        writer.tensor("width.shape", np.array([0, 0, width], np.int64))
+        writer.tensor("attention.scale", np.array(1 / math.sqrt(width // heads), np.float32))
         # Added to the scores: no token sees those after it.
-        writer.constant("causal", np.triu(np.full((tokens, tokens), -1e9, np.float32), 1))
+        writer.tensor("causal", np.triu(np.full((tokens, tokens), -1e9, np.float32), 1))
         embedded = writer.node(
             "Gather", [writer.normal("embed.weight", (sizes.vocabulary, width), 1.0), "ids"], "embed"
         )
         x = writer.node("Add", [embedded, writer.normal("position.weight", (tokens, width), 0.3)], "embedded")
         for layer in range(sizes.layers):
             x = _block(writer, x, f"layers.{layer}", sizes)
-        writer.linear(writer.layer_norm(x, "norm", width), "logits", width, sizes.vocabulary)
-    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch", tokens])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", tokens, sizes.vocabulary])
-    graph = helper.make_graph(writer.nodes, "transformer", [ids], [logits], writer.initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
+        writer.linear(writer.plain_norm(x, "norm", width), "logits", width, sizes.vocabulary)
+    ids = ("ids", TensorProto.INT64, ["batch", tokens])
+    logits = ("logits", TensorProto.FLOAT, ["batch", tokens, sizes.vocabulary])
+    model = writer.model("transformer", ids, logits)
     path.write_bytes(model.SerializeToString())
     return path
 
@@ -142,7 +124,7 @@ def _block(writer: Writer, x: str, name: str, sizes: Sizes) -> str:
     width = sizes.width
     # Every residual branch adds to the stream; this keeps the sum's variance independent of the depth.
     gain = 1 / math.sqrt(2 * sizes.layers)
-    normed = writer.layer_norm(x, f"{name}.norm1", width)
+    normed = writer.plain_norm(x, f"{name}.norm1", width)
     parts = {}
     for part in "qkv":
         made = writer.linear(normed, f"{name}.{part}", width, width)
@@ -157,7 +139,7 @@ def _block(writer: Writer, x: str, name: str, sizes: Sizes) -> str:
     back = writer.node("Transpose", [mixed], f"{name}.back", perm=[0, 2, 1, 3])
     joined = writer.node("Reshape", [back, "width.shape"], f"{name}.joined")
     x = writer.node("Add", [x, writer.linear(joined, f"{name}.o", width, width, gain)], f"{name}.attended")
-    normed = writer.layer_norm(x, f"{name}.norm2", width)
+    normed = writer.plain_norm(x, f"{name}.norm2", width)
     up = writer.linear(normed, f"{name}.up", width, MLP_FACTOR * width)
     active = writer.node("Relu", [up], f"{name}.active")
     down = writer.linear(active, f"{name}.down", MLP_FACTOR * width, width, math.sqrt(2) * gain)

@@ -26,23 +26,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 import torch
-from digits_networks import GraphWriter
+from digits_networks import CLASSES, GraphWriter
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.lr_scheduler import OneCycleLR
 
-CLASSES, SIDE, PAD = 10, 32, 4
+SIDE, PAD = 32, 4
 CALIBRATION_SAMPLES, HELDOUT_SAMPLES = 600, 4000
 WIDTHS, BLOCKS = (16, 32, 64), 2  # channels of each stage, residual blocks per stage
 BATCH, PEAK_RATE, WEIGHT_DECAY = 128, 0.2, 5e-4
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)  # of the training pixels in [0, 1], per channel
-OPSET, IR_VERSION = 17, 8
 LOGIT_TOLERANCE = 1e-3  # folding and another order of summing round differently; logits are about 10
 
 
@@ -185,13 +182,7 @@ def affordable_epochs(network: ResNet, split: Split, minutes: float) -> int:
 def to_onnx(folded: ResNet, properties: dict[str, str]) -> bytes:
     """The folded network as a checked, serialized model with a dynamic batch axis."""
     writer = GraphWriter()
-    folded.write(writer, "images", "logits")
-    images = helper.make_tensor_value_info("images", TensorProto.FLOAT, ["batch", 3, SIDE, SIDE])
-    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", CLASSES])
-    graph = helper.make_graph(writer.nodes, "cifar_resnet", [images], [logits], writer.initializers)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
-    helper.set_model_props(model, properties)
-    onnx.checker.check_model(model, full_check=True)
+    model = writer.network(folded, "cifar_resnet", "images", (3, SIDE, SIDE), "logits", properties=properties)
     return model.SerializeToString()
 
 
