@@ -27,12 +27,14 @@ class Entry:
         read: Gives the arrays by name, labels among them; lists and scalars count as arrays.
         feed: Whether it is one feed; otherwise stacked samples, if the shapes allow.
         lazy: Whether it is read again on every pass; otherwise it stays in memory.
+        start: Number of its first sample there, for messages.
     """
 
     where: str
     read: Callable[[], Mapping[str, object]]
     feed: bool = False
     lazy: bool = False
+    start: int = 0
 
 
 Entries: TypeAlias = Generator[Entry, None, None]
@@ -53,33 +55,52 @@ def check(
     Raises:
         InputError: An array is missing, or has a wrong type, shape or value; the labels do not fit; no samples.
     """
-    where = entry.where
-    names = [spec.name for spec in inputs]
+    where, names = entry.where, [spec.name for spec in inputs]
     found = {str(name): _as_array(value, str(name), where) for name, value in entry.read().items()}
     if found.keys() == {UNNAMED} and UNNAMED not in names:
-        found = {_only_input(inputs, where): found[UNNAMED]}
-    _check_names(found, inputs, where, labels_name, labels_required=labels_required)
-    spare = [name for name in found if name not in names and name != labels_name]
-    notes = [f"array {name!r} ignored: the model has no such input" for name in spare]
-    given = {name: found[name] for name in names}
-    stacked = not entry.feed and _is_stacked(given, inputs, where)
-    reason = None if entry.feed or stacked else why_feeds(inputs) or "the arrays have no common axis of samples"
+        if len(names) != 1:
+            raise InputError(
+                f"{where}: one array without a name, but the model has {len(names)} inputs: {describe(inputs)}. Give a "
+                ".npz (in Python: a dict) with one array for each, named as the inputs."
+            )
+        found = {names[0]: found[UNNAMED]}
+    spare = [name for name in found if name not in names]
+    missing = [name for name in names if name not in found]
+    listed = ", ".join(map(repr, found)) or "nothing"
+    if missing:
+        hint = closest(missing[0], [name for name in spare if name != labels_name])
+        raise InputError(
+            f"{where}: array{'s' * (len(missing) > 1)} {', '.join(map(repr, missing))} missing. Expected "
+            f"{describe(inputs)}; found {listed}.{hint} Name them as the model's inputs."
+        )
+    if labels_required and labels_name not in spare:
+        raise InputError(
+            f"{where}: no array {labels_name!r} with labels. Expected it beside the model's inputs; found {listed}."
+            f"{closest(labels_name, spare)} Give the name of the labels' array, or no name to do without."
+        )
+    notes = [f"array {name!r} ignored: the model has no such input" for name in spare if name != labels_name]
+    feeds = {spec.name: _typed(found[spec.name], spec.dtype) for spec in inputs}
+    stacked = not entry.feed and _is_stacked(feeds, inputs, where)
+    reason = "" if entry.feed or stacked else why_feeds(inputs) or "the arrays have no common axis of samples"
     if reason:
         notes.append(f"each set of arrays is one feed and counts as one sample: {reason}")
     for spec in inputs:
-        _check_shape(given[spec.name], spec, where, stacked=stacked, reason=reason)
-    if all(array.size == 0 for array in given.values()) or (stacked and not len(given[names[0]])):
+        wrong = _misshapen(feeds[spec.name], spec, reason, stacked=stacked)
+        if wrong:
+            raise InputError(f"{where}: {spec.name!r} has {wrong}")
+    if all(array.size == 0 for array in feeds.values()) or (stacked and not len(feeds[names[0]])):
         raise InputError(f"{where}: no samples; the arrays are empty. Expected {describe(inputs)} with at least one.")
-    feeds: Feeds = {}
+    start = entry.start if stacked else None
     for spec in inputs:
-        _check_finite(given[spec.name], spec.name, where, stacked=stacked)
-        feeds[spec.name] = _converted(given[spec.name], spec, where)
-        have, got = given[spec.name].dtype, feeds[spec.name].dtype
-        if _level(have) is not None and have != got:
-            notes.append(f"{spec.name!r}: {have.name} converted to {got.name}")
+        array = feeds[spec.name]
+        _check_finite(array, spec.name, where, start)
+        feeds[spec.name] = _converted(array, spec, where)
+        if _level(array.dtype) is not None and array.dtype != feeds[spec.name].dtype:
+            notes.append(f"{spec.name!r}: {array.dtype.name} converted to {feeds[spec.name].dtype.name}")
     labels = None
-    if labels_name in found and labels_name not in names:
-        labels = _check_labels(found[labels_name], feeds, where, labels_name, stacked=stacked)
+    if labels_name in spare:
+        _check_finite(found[labels_name], labels_name, where, start)
+        labels = _labels(found[labels_name], feeds, f"{where}: labels {labels_name!r} have", stacked=stacked)
     return Part(len(feeds[names[0]]) if stacked else 1, stacked, lambda: feeds, labels), notes
 
 
@@ -96,33 +117,12 @@ def _as_array(value: object, name: str, where: str) -> Array:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _only_input(inputs: Sequence[InputSpec], where: str) -> str:
-    if len(inputs) != 1:
-        raise InputError(
-            f"{where}: one array without a name, but the model has {len(inputs)} inputs: {describe(inputs)}. Give a "
-            ".npz (in Python: a dict) with one array for each, named as the inputs."
-        )
-    return inputs[0].name
-
-
-def _check_names(
-    found: Feeds, inputs: Sequence[InputSpec], where: str, labels_name: str, *, labels_required: bool
-) -> None:
-    names = [spec.name for spec in inputs]
-    missing = [name for name in names if name not in found]
-    spare = [name for name in found if name not in names]
-    listed = ", ".join(map(repr, found)) or "nothing"
-    if missing:
-        candidates = [name for name in spare if name != labels_name]
-        raise InputError(
-            f"{where}: {'array' if len(missing) == 1 else 'arrays'} {', '.join(map(repr, missing))} missing. Expected "
-            f"{describe(inputs)}; found {listed}.{closest(missing[0], candidates)} Name them as the model's inputs."
-        )
-    if labels_required and labels_name not in spare:
-        raise InputError(
-            f"{where}: no array {labels_name!r} with labels. Expected it beside the model's inputs; found {listed}."
-            f"{closest(labels_name, spare)} Give the name of the labels' array, or no name to do without."
-        )
+def _typed(array: Array, want: np.dtype[Any] | None) -> Array:
+    # numpy saves a bfloat16 array as bytes without a type.
+    bare = array.dtype.type is np.void and array.dtype.names is None
+    if want is not None and bare and want.kind == "V" and want.itemsize == array.dtype.itemsize:
+        return array.view(want)
+    return array
 
 
 def _is_stacked(given: Feeds, inputs: Sequence[InputSpec], where: str) -> bool:
@@ -145,41 +145,36 @@ def _is_stacked(given: Feeds, inputs: Sequence[InputSpec], where: str) -> bool:
     )
 
 
-def _check_shape(array: Array, spec: InputSpec, where: str, *, stacked: bool, reason: str | None) -> None:
-    if spec.dims is None:
-        return
-    expected = f"{spec} (read as one feed: {reason})" if reason else str(spec)
+def _misshapen(array: Array, spec: InputSpec, reason: str, *, stacked: bool) -> str:
+    """What is wrong with an array's shape, and what to do; empty where nothing is."""
+    dims = array.shape if spec.dims is None else spec.dims
     shape = list(array.shape)
-    if array.ndim != len(spec.dims):
+    expected = f"expected {spec} (read as one feed: {reason})" if reason else f"expected {spec}"
+    if array.ndim != len(dims):
         hint = "Give one array axis for each of the input's axes."
-        if array.ndim == len(spec.dims) - 1:
+        if array.ndim == len(dims) - 1:
             hint = "If this is a single sample, add the leading axis: array[None]."
-        elif array.ndim == len(spec.dims) + 1 and not stacked:
+        elif array.ndim == len(dims) + 1 and not stacked:
             hint = "If axis 0 numbers the samples, give each as a feed of its own."
+        return f"rank {array.ndim}, shape {shape}; {expected}, rank {len(dims)}. {hint}"
+    for axis, (dim, size) in enumerate(zip(dims, shape, strict=True)):
+        if isinstance(dim, int) and dim != size and not (stacked and axis == 0):
+            hint = "Prepare the data as the model's training did (axis order, crop, padding)."
+            return f"shape {shape}; {expected}: size {dim} along axis {axis}, found {size}. {hint}"
+    return ""
+
+
+def _check_finite(array: Array, name: str, where: str, start: int | None) -> None:
+    # `start` is the number of the first sample, None in a feed.
+    if _level(array.dtype) != 2 and array.dtype.kind != "c":
+        return
+    bad = np.argwhere(~np.isfinite(array))
+    if len(bad):
+        at = f"at {bad[0].tolist()}" if start is None else f"in sample {start + bad[0][0]}"
         raise InputError(
-            f"{where}: {spec.name!r} has rank {array.ndim}, shape {shape}; expected {expected}, rank "
-            f"{len(spec.dims)}. {hint}"
+            f"{where}: {name!r} holds {len(bad)} values that are NaN or infinite, first {at}. Expected finite numbers. "
+            "Remove these samples or repair them."
         )
-    for axis, dim in enumerate(spec.dims):
-        if isinstance(dim, int) and shape[axis] != dim and not (stacked and axis == 0):
-            raise InputError(
-                f"{where}: {spec.name!r} has shape {shape}; expected {expected}: size {dim} along axis {axis}, found "
-                f"{shape[axis]}. Prepare the data as the model's training did (axis order, crop, padding)."
-            )
-
-
-def _check_finite(array: Array, name: str, where: str, *, stacked: bool) -> None:
-    if not (_level(array.dtype) == 2 or array.dtype.kind == "c"):
-        return
-    finite = np.isfinite(array)
-    if finite.all():
-        return
-    bad = np.argwhere(~finite)
-    at = f"first in sample {bad[0][0]}" if stacked else f"first at {bad[0].tolist()}"
-    raise InputError(
-        f"{where}: {name!r} holds {len(bad)} values that are NaN or infinite, {at}. Expected finite numbers. Remove "
-        "these samples or repair them."
-    )
 
 
 def _level(dtype: np.dtype[Any]) -> int | None:
@@ -199,28 +194,23 @@ def _converted(array: Array, spec: InputSpec, where: str) -> Array:
         return array
     if want == have or (want.kind in _TEXT and have.kind in _TEXT):
         return array
-    # numpy saves a bfloat16 array as bytes without a type.
-    if want.kind == have.kind == "V" and have.names is None and want.itemsize == have.itemsize:
-        return array.view(want)
-    levels = _level(have), _level(want)
-    detail = ""
+    levels, detail = (_level(have), _level(want)), ""
     if levels[0] is not None and levels[1] is not None and levels[0] <= levels[1]:
         with np.errstate(all="ignore"):
             converted: Array = array.astype(want)
         if _same_values(array, converted):
             return converted
         detail = f" Its values do not fit into {want.name}: they reach from {array.min()} to {array.max()}."
+    name = "text" if want.kind in _TEXT else want.name
     raise InputError(
-        f"{where}: {spec.name!r} has type {have.name}; expected {spec}.{detail} Save the array as "
-        f"{'text' if want.kind in _TEXT else want.name}, if it is the right one."
+        f"{where}: {spec.name!r} has type {have.name}; expected {spec}.{detail} Save the array as {name}, if it is the "
+        "right one."
     )
 
 
 def _same_values(array: Array, converted: Array) -> bool:
     """Whether a conversion kept integers exactly, and floats finite."""
-    if array.size == 0:
-        return True
-    if _level(array.dtype) == 2:
+    if array.size == 0 or _level(array.dtype) == 2:
         return bool(np.isfinite(converted).all())
     low, high = int(array.min()), int(array.max())
     if _level(converted.dtype) == 1:
@@ -230,27 +220,26 @@ def _same_values(array: Array, converted: Array) -> bool:
     return exact and bool(np.array_equal(array.astype(np.float64), converted.astype(np.float64)))
 
 
-def _check_labels(labels: Array, feeds: Feeds, where: str, name: str, *, stacked: bool) -> Array:
+def _labels(labels: Array, feeds: Feeds, what: str, *, stacked: bool) -> Array:
     level = _level(labels.dtype)
     if level is None:
         raise InputError(
-            f"{where}: labels {name!r} have type {labels.dtype}; expected integer class labels (0, 1, ...) or float "
-            "targets. Number the classes in the order of the model's output."
+            f"{what} type {labels.dtype}; expected integer class labels (0, 1, ...) or float targets. Number the "
+            "classes in the order of the model's output."
         )
-    _check_finite(labels, name, where, stacked=stacked)
     labels = labels.astype(np.float64 if level == 2 else np.int64)
-    if not stacked and labels.ndim == 0:
-        labels = labels[None]
-    lengths = {len(array) for array in feeds.values() if array.ndim} | (set() if stacked else {1})
+    lengths = {len(array) for array in feeds.values() if array.ndim}
+    if not stacked:
+        labels, lengths = np.atleast_1d(labels), lengths | {1}
     if labels.ndim == 0 or len(labels) not in lengths:
+        each = "sample" if stacked else "feed, or one for each of its rows"
         raise InputError(
-            f"{where}: labels {name!r} have shape {list(labels.shape)}; expected "
-            f"{' or '.join(map(str, sorted(lengths)))} along axis 0, one for each "
-            f"{'sample' if stacked else 'feed, or one for each of its rows'}."
+            f"{what} shape {list(labels.shape)}; expected {' or '.join(map(str, sorted(lengths)))} along axis 0, one "
+            f"for each {each}."
         )
     if level != 2 and labels.ndim != 1:
         raise InputError(
-            f"{where}: class labels {name!r} have shape {list(labels.shape)}; expected one integer for each sample, "
-            "[samples]. From one-hot rows take labels.argmax(1)."
+            f"{what.replace('labels', 'class labels', 1)} shape {list(labels.shape)}; expected one integer for each "
+            "sample, [samples]. From one-hot rows take labels.argmax(1)."
         )
     return labels

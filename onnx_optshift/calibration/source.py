@@ -2,7 +2,8 @@
 
 Samples come in two kinds, which may be chained. *Stacked* arrays share axis 0, one sample a row, and are cut into
 batches of any size. A *feed* is one complete set of model inputs, of any shapes: it is run alone, as it is, and counts
-as one sample whatever its leading dimension. Feeds that come from folders are read again on every pass, one at a time.
+as one sample whatever its leading dimension. What comes from folders and large files is read again on every pass, one
+piece at a time.
 """
 
 from __future__ import annotations
