@@ -16,21 +16,7 @@ from onnx_optshift.capture.session import versions
 from onnx_optshift.decide.decision import Decision
 from onnx_optshift.decide.gate import Gate
 from onnx_optshift.graph.weights import Skip, Weight
-from onnx_optshift.report.model import (
-    DataInfo,
-    DeviceInfo,
-    FrontierPoint,
-    Headline,
-    HeldoutResult,
-    LayerReport,
-    ModelInfo,
-    QuantizationError,
-    Report,
-    Score,
-    Timing,
-    ToolInfo,
-    Verification,
-)
+from onnx_optshift.report import model as schema
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.budget import peak_memory
 from onnx_optshift.run.layers import Layers, Solved
@@ -56,9 +42,9 @@ class Clock:
         finally:
             self.seconds[stage] += time.perf_counter() - start
 
-    def timing(self) -> Timing:
+    def timing(self) -> schema.Timing:
         """All stages, and the total since the clock was made."""
-        return Timing(**self.seconds, total=time.perf_counter() - self.started)
+        return schema.Timing(**self.seconds, total=time.perf_counter() - self.started)
 
 
 @dataclass(frozen=True)
@@ -71,18 +57,18 @@ class Findings:
     decision: Decision | None = None
     gate: Gate | None = None  # the held-out judge and its trials
     sha256: str | None = None  # of the file that was written or compared
-    verification: Verification | None = None
+    verification: schema.Verification | None = None
     output: Path | None = None  # where the file is
 
 
-def build_report(findings: Findings, clock: Clock, **rest: Any) -> Report:
+def build_report(findings: Findings, clock: Clock, **rest: Any) -> schema.Report:
     """Puts a report together; `rest` are further fields of it: summary, warnings, flatness and so on."""
     prepared, decision, data = findings.prepared, findings.decision, findings.prepared.data
     model, device, settings = prepared.model, prepared.bench.device, prepared.settings
     runtime, torch_version = versions()
-    return Report(
+    return schema.Report(
         command=findings.command,
-        tool=ToolInfo(
+        tool=schema.ToolInfo(
             version=metadata.version("onnx-optshift"),
             python=platform.python_version(),
             onnx=metadata.version("onnx"),
@@ -90,7 +76,7 @@ def build_report(findings: Findings, clock: Clock, **rest: Any) -> Report:
             torch=torch_version,
             numpy=metadata.version("numpy"),
         ),
-        model=ModelInfo(
+        model=schema.ModelInfo(
             input=str(model.path or "ModelProto"),
             output=str(findings.output) if findings.output else None,
             sha256_in=model.sha256,
@@ -99,7 +85,7 @@ def build_report(findings: Findings, clock: Clock, **rest: Any) -> Report:
             ir_version=model.ir_version,
         ),
         settings={f.name: getattr(settings, f.name) for f in fields(settings)},
-        device=DeviceInfo(device.requested, device.capture, device.solve, device.note),
+        device=schema.DeviceInfo(device.requested, device.capture, device.solve, device.note),
         calibration=_data_info(data.calibration, split=False) if data else None,
         heldout=_data_info(data.heldout, split=data.split) if data and data.heldout is not None else None,
         layers=(*(_layer(weight, findings) for weight in prepared.weights), *map(_skipped, prepared.skips)),
@@ -113,10 +99,10 @@ def build_report(findings: Findings, clock: Clock, **rest: Any) -> Report:
     )
 
 
-def _layer(weight: Weight, findings: Findings) -> LayerReport:
+def _layer(weight: Weight, findings: Findings) -> schema.LayerReport:
     """One layer's line: where it ended, why, and its figures."""
     decision, layers = findings.decision, findings.layers
-    known = LayerReport(
+    known = schema.LayerReport(
         name=weight.name,
         node=weight.uses[0].node,
         op_type=weight.uses[0].op_type,
@@ -151,9 +137,9 @@ def _layer(weight: Weight, findings: Findings) -> LayerReport:
         predicted_residual=moved.shift.predicted_residual if moved else 0.0,
         measured_residual=moved.residual if moved else 0.0,
         curvature_ratio=((figure / facts.figure) ** 2 if facts.figure else 1.0) if weighs else None,
-        frontier=tuple(FrontierPoint(tolerance, ratio, None) for tolerance, ratio in facts.frontier),
+        frontier=tuple(schema.FrontierPoint(tolerance, ratio, None) for tolerance, ratio in facts.frontier),
         spectrum=facts.spectrum,
-        headline=Headline(objective.figure, facts.figure, figure),
+        headline=schema.Headline(objective.figure, facts.figure, figure),
     )
 
 
@@ -172,7 +158,7 @@ def _end(name: str, solved: Solved | None, findings: Findings) -> tuple[str, str
     return ("skipped" if broken else "unchanged"), said
 
 
-def _quantization(findings: Findings) -> tuple[QuantizationError, ...] | None:
+def _quantization(findings: Findings) -> tuple[schema.QuantizationError, ...] | None:
     """Errors of every layer under round-to-nearest; None when none were asked for."""
     decision = findings.decision
     if not findings.prepared.settings.quantization_bits or decision is None:
@@ -181,18 +167,20 @@ def _quantization(findings: Findings) -> tuple[QuantizationError, ...] | None:
     for name, facts in decision.candidate.facts.items():
         solved = decision.candidate.solved.get(name)
         after = solved.rounding if solved is not None and solved.moved else facts.rounding
-        found += [QuantizationError(name, grid.bits, facts.rounding[grid], after[grid]) for grid in facts.rounding]
+        found += [
+            schema.QuantizationError(name, grid.bits, facts.rounding[grid], after[grid]) for grid in facts.rounding
+        ]
     return tuple(found)
 
 
-def _heldout(findings: Findings) -> HeldoutResult | None:
+def _heldout(findings: Findings) -> schema.HeldoutResult | None:
     gate, decision = findings.gate, findings.decision
     if gate is None or decision is None:
         return None
     verdict, before = decision.verdict, gate.before.score
-    return HeldoutResult(
+    return schema.HeldoutResult(
         before=before,
-        after=Score(verdict.loss, verdict.top1, before.n) if verdict else before,
+        after=schema.Score(verdict.loss, verdict.top1, before.n) if verdict else before,
         accepted=bool(decision.candidate.arrays),
         loss_name=gate.loss.name,
         tried=tuple(replace(trial, chosen=trial is verdict) for trial in gate.tried),
@@ -200,8 +188,8 @@ def _heldout(findings: Findings) -> HeldoutResult | None:
     )
 
 
-def _data_info(samples: Samples, *, split: bool) -> DataInfo:
-    return DataInfo(
+def _data_info(samples: Samples, *, split: bool) -> schema.DataInfo:
+    return schema.DataInfo(
         source=samples.source,
         samples=len(samples),
         synthetic=samples.synthetic,
@@ -212,6 +200,6 @@ def _data_info(samples: Samples, *, split: bool) -> DataInfo:
     )
 
 
-def _skipped(skip: Skip) -> LayerReport:
+def _skipped(skip: Skip) -> schema.LayerReport:
     name = skip.weight or skip.node
-    return LayerReport(name, skip.node, skip.op_type, skip.weight, status="skipped", reason=skip.reason)
+    return schema.LayerReport(name, skip.node, skip.op_type, skip.weight, status="skipped", reason=skip.reason)

@@ -8,11 +8,12 @@ for them and the two cases must stay apart.
 from __future__ import annotations
 
 import json
-import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from os import PathLike, fspath
+from os import fspath
 from typing import Any
+
+import numpy as np
 
 from onnx_optshift.report.diagnosis import Diagnosis, FlatnessReport
 
@@ -282,20 +283,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values only: dicts, lists, strings, finite numbers, booleans and None."""
+        # Python's JSON writes NaN and infinities as bare words, which are read back as strings.
         values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=_plain), parse_constant=str)
         return values
 
 
-def _plain(value: object) -> Any:
-    """Paths, and numbers of other libraries than Python's own.
-
-    Raises:
-        TypeError: It is something else.
-    """
-    if isinstance(value, PathLike):
-        return fspath(value)
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    if isinstance(value, numbers.Real):
-        return float(value)
-    raise TypeError(f"the report has a value that JSON cannot hold: {type(value).__name__} {value!r}")
+def _plain(value: Any) -> Any:
+    """Numbers of numpy, and paths; `fspath` refuses everything else."""
+    return value.item() if isinstance(value, np.generic) else fspath(value)

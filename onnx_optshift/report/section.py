@@ -32,6 +32,11 @@ class Facts:
     title: str = ""
     detail: bool = False
 
+    @property
+    def known(self) -> Facts:
+        """Those with a value."""
+        return replace(self, rows=[row for row in self.rows if row.value is not None])
+
 
 @dataclass(frozen=True)
 class Table:
@@ -86,15 +91,16 @@ class Section:
     title: str
     blocks: Sequence[Block]
 
+    @property
+    def known(self) -> Section:
+        """The section without rows, columns and blocks that say nothing."""
+        blocks = [block.known if isinstance(block, (Facts, Table)) else block for block in self.blocks]
+        return replace(self, blocks=[block for block in blocks if isinstance(block, (Note, ChartOf)) or block.rows])
+
 
 def look(cell: Cell) -> str:
     """How a value looks: good, warn, bad or plain."""
     return _LOOKS.get(cell.partition(" [")[0], "plain") if isinstance(cell, Word) else "plain"
-
-
-def known(*facts: Fact) -> list[Fact]:
-    """The facts whose value is known."""
-    return [fact for fact in facts if fact.value is not None]
 
 
 def marks(reasons: Iterable[str]) -> dict[str, str]:
@@ -102,6 +108,6 @@ def marks(reasons: Iterable[str]) -> dict[str, str]:
     return {reason: f"[{k}]" for k, reason in enumerate(dict.fromkeys(reasons), 1)}
 
 
-def explained(marked: dict[str, str], title: str = "", *, detail: bool = False) -> list[Block]:
-    """The reasons beside their marks; nothing where there are none."""
-    return [Facts([Fact(mark, reason) for reason, mark in marked.items()], title, detail)] if marked else []
+def explained(marked: dict[str, str], title: str = "", *, detail: bool = False) -> Facts:
+    """The reasons beside their marks."""
+    return Facts([Fact(mark, reason) for reason, mark in marked.items()], title, detail)

@@ -6,11 +6,12 @@ A pure function of the report. To show a new figure, add it to the model, measur
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from onnx_optshift.report.figures import (
+    NOTHING,
     Cell,
     Figure,
     Name,
@@ -22,10 +23,10 @@ from onnx_optshift.report.figures import (
     percent,
     share_change,
 )
-from onnx_optshift.report.model import DataInfo, LayerReport, OutputComparison, Report
-from onnx_optshift.report.section import Block, ChartOf, Fact, Facts, Note, Section, Table, explained, known, marks
+from onnx_optshift.report.model import DataInfo, LayerReport, Report
+from onnx_optshift.report.section import ChartOf, Fact, Facts, Note, Section, Table, explained, marks
 from onnx_optshift.report.sections_diagnose import conditions, features, flatness, ranks
-from onnx_optshift.report.sections_evidence import drift, heldout, outputs, quantization
+from onnx_optshift.report.sections_evidence import drift, heldout, outputs, quantization, worst_output
 
 KINDS = {
     "shift": "Shift report",
@@ -48,7 +49,7 @@ def sections(report: Report) -> list[Section]:
         outputs(report),
         heldout(report),
         drift(report.drift),
-        quantization(report.quantization),
+        quantization(report.quantization or ()),
         _layers(report),
         ranks(report.collapse),
         features(report.collapse),
@@ -57,11 +58,8 @@ def sections(report: Report) -> list[Section]:
         Section("decisions", "How it was decided", [Note(decision) for decision in report.decisions]),
         _run(report),
     )
-    return [
-        replace(section, blocks=[block.known if isinstance(block, Table) else block for block in section.blocks])
-        for section in found
-        if section is not None and section.blocks
-    ]
+    known = [section.known for section in found if section is not None]
+    return [section for section in known if section.blocks]
 
 
 def title(report: Report) -> str:
@@ -96,7 +94,7 @@ def _result(report: Report) -> Section:
         rows.append(Fact(headline_name(report), moved[0], f"mean of {moved[1]} layers"))
     rows.append(_counted(report, layers))
     if proof is not None and proof.outputs:
-        rows.append(_worst_output(proof.outputs, judged=report.judges_outputs))
+        rows.append(worst_output(proof.outputs, judged=report.judges_outputs))
     if report.drift is not None:
         limit = report.drift.limit
         rows.append(Fact("drift", report.drift.figure, "" if limit is None else f"allowed: {number(limit)}"))
@@ -105,10 +103,7 @@ def _result(report: Report) -> Section:
         rows.append(Fact(f"held-out loss{kind}", change(before.loss, after.loss), f"{after.n} samples"))
         if before.top1 is not None and after.top1 is not None:
             rows.append(Fact(f"held-out accuracy{kind}", share_change(before.top1, after.top1)))
-    status = _status(report)
-    return Section(
-        "result", "Result", [Note(f"Asked for: {_asked(report)}."), *([status] if status else []), Facts(rows)]
-    )
+    return Section("result", "Result", [Note(f"Asked for: {_asked(report)}."), *_status(report), Facts(rows)])
 
 
 def _counted(report: Report, layers: Sequence[LayerReport]) -> Fact:
@@ -137,36 +132,22 @@ def _asked(report: Report) -> str:
     return "; ".join(parts)
 
 
-def _status(report: Report) -> Note | None:
+def _status(report: Report) -> Iterator[Note]:
     """How the question was answered."""
     drift, proof = report.drift, report.verification
     if drift is not None and drift.limit is not None:
         share = f"{number(drift.figure)} at {drift.quantile:.0%} of the samples, allowed {number(drift.limit)}"
-        return Note(f"The drift {'passed' if drift.passed else 'FAILED'}: {share}.", "good" if drift.passed else "bad")
-    if report.command == "diagnose" and report.collapse is None:
-        return Note("Nothing to diagnose: the model has no linear layer that could be shifted.", "bad")
-    if proof is None:
-        return Note("No model was written, and no output was compared.") if report.command == "shift" else None
-    samples = max((output.samples for output in proof.outputs), default=0)
-    if not proof.passed:
-        failed = ", ".join(output.name for output in proof.outputs if not output.passed)
-        return Note(f"FAILED: not within bounds on {samples} samples: {failed or 'no output was compared'}.", "bad")
-    if proof.identical_bytes:
-        return Note("The file is a byte-for-byte copy of the original.", "good")
-    what = {"verify": "the second model"}.get(report.command) or (
-        "the written file" if report.model.output else "the shifted model (not written)"
-    )
-    return Note(f"Verified: {what} was run on {samples} samples, every output within its bound.", "good")
-
-
-def _worst_output(outputs: Sequence[OutputComparison], *, judged: bool) -> Fact:
-    worst = max(outputs, key=lambda output: (math.isnan(output.rel), output.rel))
-    words = {"noise": "allowed by noise", "tolerance": "allowed", "measured": "measured on the trial"}
-    remark = f"{words[worst.bound_kind]}: {number(worst.bound)}" if judged else "reported only"
-    agreed = [output.top1_agreement for output in outputs if output.top1_agreement is not None]
-    # Nobody must read "within its bound" as "the same" where answers changed.
-    remark += f"; same answer on {100 * min(agreed):.2f} %" if agreed else ""
-    return Fact("output deviation", worst.rel, remark)
+        yield Note(f"The drift {'passed' if drift.passed else 'FAILED'}: {share}.", "good" if drift.passed else "bad")
+    elif proof is not None and proof.passed and proof.identical_bytes:
+        yield Note("The file is a byte-for-byte copy of the original.", "good")
+    elif proof is not None:
+        samples = max((output.samples for output in proof.outputs), default=0)
+        failed = ", ".join(output.name for output in proof.outputs if not output.passed) or "no output was compared"
+        shifted = "the written file" if report.model.output else "the shifted model (not written)"
+        what = "the second model" if report.command == "verify" else shifted
+        good = f"Verified: {what} was run on {samples} samples, every output within its bound."
+        bad = f"FAILED: not within bounds on {samples} samples: {failed}."
+        yield Note(good, "good") if proof.passed else Note(bad, "bad")
 
 
 def _layers(report: Report) -> Section:
@@ -196,9 +177,9 @@ def _layers(report: Report) -> Section:
         if layer.status == "skipped":
             by_reason.setdefault(layer.reason, []).append(layer.name)
     skips = [Fact(f"{len(names)} skipped", tuple(names), reason) for reason, names in by_reason.items()]
-    blocks: list[Block] = [Table(titles, rows, note=note, more="operator", drawn=name)] if rows else []
-    blocks += [*explained(marked, "Why"), ChartOf("spectrum")] if rows else []
-    return Section("layers", "Layers", [*blocks, Facts(skips, "Left alone")] if skips else blocks)
+    table = Table(titles, rows, note=note, more="operator", drawn=name)
+    chart = [ChartOf("spectrum")] if rows else []
+    return Section("layers", "Layers", [table, explained(marked, "Why"), *chart, Facts(skips, "Left alone")])
 
 
 def _frontier(report: Report) -> Section | None:
@@ -233,7 +214,7 @@ def _run(report: Report) -> Section:
     }
     to_repeat = Facts(_listed(asdict(report.model) | digests | asdict(report.tool)), "To repeat it", detail=True)
     settings = Facts(_listed(report.settings), "Settings", detail=True)
-    return Section("run", "This run", [Facts(known(*rows)), to_repeat, settings])
+    return Section("run", "This run", [Facts(rows), to_repeat, settings])
 
 
 def _data(label: str, data: DataInfo | None) -> list[Fact]:
@@ -250,6 +231,7 @@ def _listed(values: Mapping[str, Any]) -> list[Fact]:
     """Names and values, as they were given."""
     rows = []
     for name, value in values.items():
-        shown = ", ".join(map(str, value)) or None if isinstance(value, (list, tuple)) else value
-        rows.append(Fact(name.replace("_", " "), shown if shown is None or isinstance(shown, bool) else str(shown)))
+        shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+        shown = NOTHING if shown in {None, ""} else shown if isinstance(shown, bool) else str(shown)
+        rows.append(Fact(name.replace("_", " "), shown))
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from onnx_optshift.report.diagnosis import Diagnosis, Flatness, FlatnessReport
 from onnx_optshift.report.figures import Cell, Figure, Name, Word, change, number, percent
-from onnx_optshift.report.section import Fact, Facts, Note, Section, Table, known
+from onnx_optshift.report.section import Fact, Facts, Note, Section, Table
 
 
 def conditions(diagnosis: Diagnosis | None) -> Section | None:
@@ -35,14 +35,14 @@ def features(diagnosis: Diagnosis | None) -> Section | None:
     if diagnosis is None or diagnosis.features is None:
         return None
     found = diagnosis.features
-    rows = known(
+    rows = [
         Fact("NC1", found.nc1, "variability within classes, against that between them"),
         Fact("NC2 norms", found.nc2_norms, "spread of the class means' norms"),
         Fact("NC2 angles", found.nc2_angles, "distance from equal angles"),
         Fact("NC2 weights", found.nc2_weight_norms, "spread of the norms of the classifier's columns"),
         Fact("NC3", found.nc3, "distance of the classifier from the class means"),
         Fact("NC4", percent(found.nc4), "answers that are not the nearest class mean"),
-    )
+    ]
     where = Note(f"Input of {found.layer}, {found.samples} samples; 0 is full collapse, every class one point.")
     counts = ", ".join(f"{label}: {count}" for label, count in found.counts.items())
     per_class = Facts([Fact("samples per class", counts)], detail=True)
@@ -70,7 +70,7 @@ def flatness(found: FlatnessReport | None) -> Section | None:
     rises: list[list[Cell]] = [[Figure(f"{s.sigma:g}"), *_with_error(s.rise)] for s in found.sharpness]
     noisy = "Rise of the mean loss under noise of this size, as a share of each filter of weights."
     sharpness = Table(["noise", "rise", "standard error"], rises, "Sharpness", noisy)
-    return Section("flatness", "Flatness", [table, sharpness, Facts(known(*facts))])
+    return Section("flatness", "Flatness", [table, sharpness, Facts(facts)])
 
 
 def _sides(figure: Flatness) -> Cell:

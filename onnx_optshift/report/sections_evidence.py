@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from onnx_optshift.report.figures import Cell, Name, Word, change, number, percent, with_error
-from onnx_optshift.report.model import Drift, HeldoutResult, QuantizationError, Report, Trial
-from onnx_optshift.report.section import Block, ChartOf, Fact, Facts, Note, Section, Table, explained, known, marks
+import math
+from collections.abc import Sequence
 
-_BOUNDS = {
-    "noise": "a small multiple of what runs of the original model differ by",
-    "tolerance": "the deviation that was asked for",
-    "measured": "measured on the trial that was accepted",
-}
+from onnx_optshift.report.figures import Cell, Name, Word, change, number, percent, with_error
+from onnx_optshift.report.model import Drift, HeldoutResult, OutputComparison, QuantizationError, Report, Trial
+from onnx_optshift.report.section import ChartOf, Fact, Facts, Note, Section, Table, explained, marks
+
+_BOUNDS = {"noise": "allowed by noise", "tolerance": "allowed", "measured": "measured on the trial"}
+
+
+def worst_output(outputs: Sequence[OutputComparison], *, judged: bool) -> Fact:
+    """The output that deviates most."""
+    worst = max(outputs, key=lambda output: (math.isnan(output.rel), output.rel))
+    remark = f"{_BOUNDS[worst.bound_kind]}: {number(worst.bound)}" if judged else "reported only"
+    agreed = [output.top1_agreement for output in outputs if output.top1_agreement is not None]
+    # Nobody must read "within its bound" as "the same" where answers changed.
+    remark += f"; same answer on {100 * min(agreed):.2f} %" if agreed else ""
+    return Fact("output deviation", worst.rel, remark)
 
 
 def outputs(report: Report) -> Section | None:
@@ -25,20 +34,20 @@ def outputs(report: Report) -> Section | None:
         result = Word("passed" if o.passed else "FAILED") if judged else "reported only"
         rows.append([Name(o.name), result, o.rel, o.bound, o.max_rel, o.max_abs, percent(o.top1_agreement), o.samples])
     kinds = "; ".join(_BOUNDS[kind] for kind in dict.fromkeys(output.bound_kind for output in proof.outputs))
-    facts = []
+    tries = proof.attempts if proof.attempts > 1 else None
+    facts = [
+        Fact("reverted", proof.reverted or None, "the outputs left their bounds"),
+        Fact("attempts", tries, "candidates written and compared until one passed"),
+    ]
     if noise is not None:
         runs = f"worst sample {number(noise.max_rel)}; {', '.join(noise.runs)}; batch size {noise.batch_size}"
-        facts = [
+        facts += [
             Fact("noise floor", noise.rel, runs),
             Fact("weights rounded", noise.rounding, "worst sample when they move by one unit"),
             Fact("one by one", noise.other_batch_size, "worst sample alone; no part of the floor"),
         ]
-    facts.append(Fact("reverted", proof.reverted or None, "the outputs left their bounds"))
-    tries = proof.attempts if proof.attempts > 1 else None
-    facts.append(Fact("attempts", tries, "candidates written and compared until one passed"))
     note = f"Deviation and bound: relative, over all samples. Bound: {kinds}."
-    blocks: list[Block] = [Table(titles, rows, note=note)] if rows else []
-    return Section("proof", "Outputs", [*blocks, Facts(known(*facts))] if known(*facts) else blocks)
+    return Section("proof", "Outputs", [Table(titles, rows, note=note), Facts(facts)])
 
 
 def heldout(report: Report) -> Section | None:
@@ -66,9 +75,7 @@ def _decided(result: HeldoutResult) -> str:
     return f"Accepted by the quantized model, whose output error goes {errors}; the float model's loss goes {loss}."
 
 
-def _trials(tried: tuple[Trial, ...]) -> list[Block]:
-    if not tried:
-        return []
+def _trials(tried: tuple[Trial, ...]) -> tuple[Table, Facts]:
     bits = list(dict.fromkeys(score.bits for trial in tried for score in trial.quantized))
     marked = marks(trial.reason for trial in tried if not trial.accepted)
     titles = ["no.", "trial", "result", *(f"error at {b} bits" for b in bits), "loss", "accuracy", "change of loss"]
@@ -80,7 +87,7 @@ def _trials(tried: tuple[Trial, ...]) -> list[Block]:
         moved = with_error(trial.mean_difference, trial.standard_error)
         rows.append([k, trial.what, word, *map(errors.get, bits), trial.loss, percent(trial.top1), moved])
     is_detail = len(tried) < 2
-    return [Table(titles, rows, "Trials", detail=is_detail), *explained(marked, detail=is_detail)]
+    return Table(titles, rows, "Trials", detail=is_detail), explained(marked, detail=is_detail)
 
 
 def drift(found: Drift | None) -> Section | None:
@@ -99,10 +106,8 @@ def drift(found: Drift | None) -> Section | None:
     return Section("drift", "Drift of the data", [Table(titles, rows, note=note)])
 
 
-def quantization(errors: tuple[QuantizationError, ...] | None) -> Section | None:
+def quantization(errors: Sequence[QuantizationError]) -> Section:
     """Every layer's error under round-to-nearest."""
-    if not errors:
-        return None
     note = "Relative error of each layer's output under round-to-nearest, against the original's float output."
     tables = []
     for bits in dict.fromkeys(error.bits for error in errors):
