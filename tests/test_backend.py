@@ -6,10 +6,9 @@ A part of them in the default run, all of them with `-m slow`. `tools/backend_su
 from __future__ import annotations
 
 import collections
-import importlib.util
-import sys
 from pathlib import Path
 
+import backend_survey as survey
 import numpy as np
 import onnx
 import pytest
@@ -18,16 +17,6 @@ from onnx import numpy_helper
 
 ROOT = Path(__file__).parents[1]
 
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-survey = load("backend_survey")
 
 # Modules of node cases that hold a linear operator.
 LINEAR = ("conv", "convtranspose", "einsum", "gemm", "gru", "lstm", "matmul", "rnn")

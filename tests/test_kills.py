@@ -1,24 +1,15 @@
 """The tool that kills runs tells a broken OUT from a good one, and finds none."""
 
 import hashlib
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
+import kills
 import pytest
 
 TOOL = Path(__file__).parents[1] / "tools" / "kills.py"
 OLD = b"\x08the old file"  # begins as models do: others are not replaced
-
-
-@pytest.fixture(scope="module")
-def kills():
-    spec = importlib.util.spec_from_file_location("kills", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kills"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(
@@ -37,7 +28,7 @@ def kills():
         ("absent", {"out.onnx": b"new", "out.data": b"da"}, ("BROKEN", "data file left")),
     ],
 )
-def test_it_knows_what_is_broken(case, found, expected, kills, tmp_path):
+def test_it_knows_what_is_broken(case, found, expected, tmp_path):
     whole = {"out.onnx": b"new", "out.data": b"data"}
     finished = {name: hashlib.sha256(content).hexdigest() for name, content in whole.items()}
     for name, content in found.items():

@@ -8,24 +8,16 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import quantize_recipe
+import quantizers
 import torch
+from gptq_reference import gptq
 
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.quantize.rtn import Grid, round_to_nearest
 
 ROOT = Path(__file__).parents[1]
-TOOLS = ROOT / "tools"
 MLP = ROOT / "models" / "digits_mlp"
-
-
-@pytest.fixture
-def tools(monkeypatch):
-    """The tools import each other by name, as they do when run as scripts."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    import gptq_reference
-    import quantizers
-
-    return quantizers, gptq_reference
 
 
 def layer(groups=1, width=10, outputs=4, seed=0):
@@ -48,9 +40,9 @@ def one_by_one(column, hessian, scale, top):
 
 
 @pytest.mark.parametrize(("groups", "bits"), [(1, 4), (1, 2), (2, 3)])
-def test_gptq_is_rounding_with_the_rest_solved_anew(tools, groups, bits):
+def test_gptq_is_rounding_with_the_rest_solved_anew(groups, bits):
     gram, matrix = layer(groups)
-    found = tools[1].gptq(matrix, gram, bits).numpy()
+    found = gptq(matrix, gram, bits).numpy()
     top = 2 ** (bits - 1) - 1
     for g in range(groups):
         hessian = gram[g].numpy() + 0.01 * np.diag(gram[g].numpy()).mean() * np.eye(10)
@@ -60,20 +52,20 @@ def test_gptq_is_rounding_with_the_rest_solved_anew(tools, groups, bits):
             np.testing.assert_allclose(found[g, :, j], expected, atol=1e-10)
 
 
-def test_gptq_beats_rounding_where_inputs_are_correlated_and_equals_it_where_not(tools):
+def test_gptq_beats_rounding_where_inputs_are_correlated_and_equals_it_where_not():
     gram, matrix = layer(width=30, seed=1)
     nearest = round_to_nearest(matrix, Grid(3))
 
     def error(quantized):
         return float(((quantized - matrix).mT @ gram @ (quantized - matrix)).diagonal(dim1=1, dim2=2).sum())
 
-    assert error(tools[1].gptq(matrix, gram, 3)) < 0.7 * error(nearest)
-    torch.testing.assert_close(tools[1].gptq(matrix, torch.eye(30).to(gram)[None], 3), nearest)
+    assert error(gptq(matrix, gram, 3)) < 0.7 * error(nearest)
+    torch.testing.assert_close(gptq(matrix, torch.eye(30).to(gram)[None], 3), nearest)
 
 
-def test_rounding_takes_every_linear_weight_and_nothing_else(tools, tmp_path):
+def test_rounding_takes_every_linear_weight_and_nothing_else(tmp_path):
     out = tmp_path / "rounded.onnx"
-    tools[0].rtn(Grid(2), Selection()).run(MLP / "model.onnx", out, {})
+    quantizers.rtn(Grid(2), Selection()).run(MLP / "model.onnx", out, {})
     for before, after in zip(*(onnx.load(path).graph.initializer for path in (MLP / "model.onnx", out)), strict=True):
         array = onnx.numpy_helper.to_array(after)
         assert (before == after) == ("bias" in before.name)
@@ -83,8 +75,7 @@ def test_rounding_takes_every_linear_weight_and_nothing_else(tools, tmp_path):
             )
 
 
-def test_a_quantizer_that_leaves_the_model_float_is_not_counted(tools, tmp_path):
-    quantizers, _ = tools
+def test_a_quantizer_that_leaves_the_model_float_is_not_counted(tmp_path):
     pytest.importorskip("onnx_ir")
     with pytest.raises(quantizers.NotApplicable, match="no MatMul"):
         quantizers.nbits("DEFAULT", 32, 100).run(MLP / "model.onnx", tmp_path / "out.onnx", {})
@@ -92,28 +83,26 @@ def test_a_quantizer_that_leaves_the_model_float_is_not_counted(tools, tmp_path)
         quantizers._check_quantized(MLP / "model.onnx", "nothing")
 
 
-def test_the_float_model_is_not_written_to(tools, tmp_path):
+def test_the_float_model_is_not_written_to(tmp_path):
     model = Path(shutil.copy(MLP / "model.onnx", tmp_path))
 
     def spoil(source, target, _):
         source.write_bytes(b"")
         target.write_bytes(b"quantized")
 
-    tools[0].Quantizer("rtn", "spoils its input", 8, spoil).run(model, tmp_path / "out.onnx", {})
+    quantizers.Quantizer("rtn", "spoils its input", 8, spoil).run(model, tmp_path / "out.onnx", {})
     assert model.read_bytes() == (MLP / "model.onnx").read_bytes()
     assert (tmp_path / "out.onnx").read_bytes() == b"quantized"
 
 
-def test_readers_give_equal_batches_and_can_be_read_again(tools):
-    reader = tools[0].Reader({"x": np.arange(60)})
+def test_readers_give_equal_batches_and_can_be_read_again():
+    reader = quantizers.Reader({"x": np.arange(60)})
     assert [len(batch["x"]) for batch in reader] == [25, 25]
     assert [len(reader.get_next()["x"]), len(reader.get_next()["x"]), reader.get_next()] == [25, 25, None]
-    assert [len(batch["x"]) for batch in tools[0].Reader({"x": np.arange(7)})] == [7]
+    assert [len(batch["x"]) for batch in quantizers.Reader({"x": np.arange(7)})] == [7]
 
 
 def run(monkeypatch, *arguments):
-    import quantize_recipe
-
     monkeypatch.setattr(sys, "argv", ["quantize_recipe.py", *map(str, arguments)])
     quantize_recipe.main()
 
@@ -124,7 +113,7 @@ def rows(table):
     return {name: [float(value) for value in values.replace("-", "nan").split("|")] for name, values in found}
 
 
-def test_the_table_of_a_shift_without_a_gate(tools, tmp_path, monkeypatch, capsys):
+def test_the_table_of_a_shift_without_a_gate(tmp_path, monkeypatch, capsys):
     shutil.copytree(MLP, tmp_path / "model")
     arguments = ["--layer-residual", "0", "0.02", "--quantizers", "rtn", "dynamic", "--bits", "4", "2"]
     run(monkeypatch, tmp_path / "model" / "model.onnx", *arguments)
@@ -139,7 +128,7 @@ def test_the_table_of_a_shift_without_a_gate(tools, tmp_path, monkeypatch, capsy
     assert exact["RTN int2 per channel"][6] > 0.8
 
 
-def test_nothing_to_compare_is_refused(tools, monkeypatch, capsys):
+def test_nothing_to_compare_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         run(monkeypatch, MLP / "model.onnx")
     assert "--tolerance or --layer-residual" in capsys.readouterr().err
