@@ -62,6 +62,27 @@ def test_auto_takes_what_unseen_data_gains_from(bench):
     assert len(report.heldout_result.tried) >= 3
 
 
+@pytest.mark.parametrize("name", ["noisy_mlp", "digits_mlp", "digits_transformer"])
+def test_auto_takes_the_residual_of_least_held_out_loss_and_among_equals_the_smaller_deviation(name):
+    folder = MODEL.parent / name
+    report = shift.run(
+        folder / "model.onnx",
+        None,
+        [folder / "calibration.npz"],
+        [folder / "heldout.npz"],
+        Settings(device="cpu", tolerance="auto"),
+    ).report
+    result = report.heldout_result
+    walked = {trial.tolerance: trial.loss for trial in result.tried if trial.accepted and "all layers" in trial.what}
+    least = min(result.before.loss, *walked.values())
+    (chosen,) = [trial for trial in result.tried if trial.chosen]
+    assert result.after.loss <= least * (1 + 1e-4)
+    assert chosen.tolerance == min(at for at, loss in walked.items() if loss <= least * (1 + 1e-4))
+    (output,) = report.verification.outputs
+    # What was measured is not called allowed.
+    assert output.bound_kind == ("measured" if chosen.tolerance else "noise")
+
+
 def test_where_no_tolerance_is_let_through_the_exact_shift_still_is():
     # Training data as the judge: labels learnt by heart, so that any deviation raises the loss; dead inputs cost none.
     report = run(heldout=npz("calibration.npz", slice(300, 600)), tolerance=0.02).report

@@ -25,6 +25,7 @@ from onnx_optshift.settings import Settings
 HALVINGS = 3
 # Layer residuals that `--tolerance auto` walks along before it refines.
 AUTO_PATH = tuple(float(f"{x:.4g}") for x in np.geomspace(0.003, 0.5, 12))
+NO_BETTER = "gate: no residual that was tried serves held-out data better than the exact shift"
 # Refusals in a row that end the walk: one may be noise; and rounding to few bits is a lottery, where a little deviation
 # gains nothing for certain and a larger one much.
 PATIENCE, PATIENCE_ROUNDED = 2, 6
@@ -145,8 +146,9 @@ def automatic(grounds: Grounds) -> Decision:
     if gate.loss.is_distance and not gate.rounds:
         note = "auto: without labels no held-out loss can fall, so that only exact shifts are taken"
         return replace(exact(grounds), notes=(note,))
-    tried: dict[float, Judged] = {}
+    tried: dict[float, Judged] = {0.0: gate.before}  # until the exact shift is accepted: no shift is worth a loss
     walked: set[float] = set()
+    refused: dict[str, str] = {}
 
     def accepted(residual: float) -> bool:
         walked.add(residual)
@@ -156,6 +158,8 @@ def automatic(grounds: Grounds) -> Decision:
         verdict, after = gate.judge(arrays, f"all layers at residual {residual:.3g}", residual)
         if verdict.accepted:
             tried[residual] = after
+        reason = f"gate: {verdict.reason}" if not any(tried) else NO_BETTER
+        refused.update({name: reason for name in arrays if reason is NO_BETTER or name not in refused})
         return verdict.accepted
 
     refused_in_a_row = 0
@@ -163,8 +167,6 @@ def automatic(grounds: Grounds) -> Decision:
         refused_in_a_row = 0 if accepted(residual) else refused_in_a_row + 1
         if refused_in_a_row == (PATIENCE_ROUNDED if gate.rounds else PATIENCE):
             break
-    if not any(tried):
-        return exact(grounds)
     for _ in range(REFINEMENTS):
         best = _least(tried, gate)
         for other in _neighbours(best, [*AUTO_PATH, *walked]):
@@ -172,7 +174,8 @@ def automatic(grounds: Grounds) -> Decision:
     chosen = _least(tried, gate)
     note = f"auto chose layer residual {chosen:.3g}" if chosen else "auto chose the exact shift"
     if not chosen:
-        return replace(exact(grounds), notes=(note,))
+        decision = exact(grounds)
+        return replace(decision, rejected={**refused, **decision.rejected}, notes=(note,))
     candidate = grounds.full.candidate(chosen)  # held, so that it is not solved again
     promise = _measured(grounds, candidate, grounds.samples)
     return decided(grounds, grounds.parallel, chosen, promise, "auto", notes=(note,))
