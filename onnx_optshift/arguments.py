@@ -81,7 +81,7 @@ class _PrintCompletion(argparse.Action):
         whole = parser_for(SHIFT)
         commands = whole.add_subparsers()
         for name in (INSPECT, VERIFY, DIAGNOSE):
-            commands.add_parser(name, parents=[parser_for(name)], add_help=False)
+            commands.add_parser(name, parents=[parser_for(name)], add_help=False, help=name)
         print(completion.script(whole, shell))
         parser.exit()
 

@@ -10,23 +10,22 @@ import shlex
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Never
 
+from onnx_optshift import journal
 from onnx_optshift.arguments import parse
 from onnx_optshift.errors import InputError, OptShiftError
-from onnx_optshift.isolation import INTERRUPTED, drain, run_isolated
+from onnx_optshift.isolation import INTERRUPTED, drain, run_isolated, say
 from onnx_optshift.options import DIAGNOSE, INSPECT, PROBES, SHIFT, VERIFY
 from onnx_optshift.report.progress import progress_for
 
 if TYPE_CHECKING:
     from onnx_optshift.report.model import Report
-
-DONE = 0
 
 
 def run() -> Never:
@@ -60,47 +59,51 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit status: 0 done, 2 bad usage or bad input, 3 outputs left the tolerance, 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    verbose = "--verbose" in words
-    _print_anything()
+    for stream in (sys.stdout, sys.stderr):
+        # Names in a model may hold what the terminal's encoding has no character for: shown as escapes, no crash.
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         args = _parsed(words)
         args.command_line = shlex.join(["python", "-m", "onnx_optshift", *words])
-        with _quiet_libraries(args.log_level, verbose=verbose):
+        with _quiet_libraries(args.log_level, verbose=args.verbose):
             _COMMANDS[args.command](args)
-    except SystemExit as stop:  # -h and --version
-        return stop.code if isinstance(stop.code, int) else DONE
-    except KeyboardInterrupt as interrupt:
-        _say(f"interrupted: {str(interrupt) or 'nothing was written'}", verbose=False)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 0
+    except KeyboardInterrupt:
+        say(f"interrupted: {journal.read().written}")
         return INTERRUPTED
-    except OptShiftError as error:
-        _say(f"error: {error}", verbose=verbose)
-        return error.exit_code
     except Exception as error:
-        if _out_of_memory(error):
-            hint = "Lower --batch-size or --max-memory, or take fewer layers at a time with --nodes-to-include."
-            _say(f"error: out of memory; nothing was written. {hint}", verbose=verbose)
-            return InputError.exit_code
-        text = " ".join(str(error).split())
-        hint = "" if verbose else "; run with --verbose for the traceback"
-        _say(f"error: internal error: {type(error).__name__}: {text}{hint}", verbose=verbose)
-        return InputError.exit_code
-    return DONE
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """Also torch's own ways to say so, which are plain RuntimeErrors on the host."""
-    text = str(error)
-    torch_says = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "CUDA out of memory" in text)
-    return isinstance(error, MemoryError) or torch_says
+        verbose = "--verbose" in words
+        if verbose:
+            say(traceback.format_exc().rstrip())
+        say(f"error: {_explained(error, verbose=verbose)}")
+        return error.exit_code if isinstance(error, OptShiftError) else InputError.exit_code
+    return 0
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:
     try:
         return parse(words)
-    except SystemExit:  # -h and --version, whose text is still in the buffer
+    except SystemExit:  # -h and the like, whose text is still in the buffer
         with _printing():
             sys.stdout.flush()
         raise
+
+
+def _explained(error: Exception, *, verbose: bool) -> str:
+    """One message for any error."""
+    text = " ".join(str(error).split())
+    if isinstance(error, OptShiftError):
+        return str(error)
+    # Torch's own ways to say it are plain RuntimeErrors on the host.
+    torch_says = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "CUDA out of memory" in text)
+    if isinstance(error, MemoryError) or torch_says:
+        hint = "Lower --batch-size or --max-memory, or take fewer layers at a time with --nodes-to-include."
+        return f"out of memory; {journal.read().written}. {hint}"
+    return (
+        f"internal error: {type(error).__name__}: {text}{'' if verbose else '; run with --verbose for the traceback'}"
+    )
 
 
 def _shift(args: argparse.Namespace) -> None:
@@ -109,13 +112,12 @@ def _shift(args: argparse.Namespace) -> None:
     model, out = args.files
     data = (args.calibration, args.heldout)
     result = shift.run(model, out, *data, args.settings, progress_for(quiet=args.quiet), reports=args.report)
-    written = "" if args.settings.dry_run else f"{out} was written and verified, its report was not"
     try:
         _publish(result.report, args)
     except InputError as error:
-        raise InputError(f"{written}: {error}" if written else str(error)) from error
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(written) from None
+        if args.settings.dry_run:
+            raise
+        raise InputError(f"{out} was written and verified, its report was not: {error}") from error
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -127,9 +129,9 @@ def _inspect(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from onnx_optshift.commands.verify import judge, verify
 
-    original, changed = args.files
+    a, b = args.files
     progress = progress_for(quiet=args.quiet)
-    report = verify(original, changed, args.calibration, args.settings, progress, baseline=args.baseline)
+    report = verify(a, b, args.calibration, args.settings, progress, baseline=args.baseline)
     _publish(report, args)
     judge(report)
 
@@ -137,18 +139,11 @@ def _verify(args: argparse.Namespace) -> None:
 def _diagnose(args: argparse.Namespace) -> None:
     from onnx_optshift.commands.diagnose import diagnose
 
-    model = args.files[0]
-    probes = args.settings.flatness or PROBES
-    report = diagnose(model, args.calibration, args.heldout, args.settings, probes, progress_for(quiet=args.quiet))
-    _publish(report, args)
+    data, probes = (args.calibration, args.heldout), args.settings.flatness or PROBES
+    _publish(diagnose(args.files[0], *data, args.settings, probes, progress_for(quiet=args.quiet)), args)
 
 
-_COMMANDS: dict[str, Callable[[argparse.Namespace], None]] = {
-    SHIFT: _shift,
-    INSPECT: _inspect,
-    VERIFY: _verify,
-    DIAGNOSE: _diagnose,
-}
+_COMMANDS = {SHIFT: _shift, INSPECT: _inspect, VERIFY: _verify, DIAGNOSE: _diagnose}
 
 
 def _publish(report: Report, args: argparse.Namespace) -> None:
@@ -157,7 +152,6 @@ def _publish(report: Report, args: argparse.Namespace) -> None:
 
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     report = replace(report, tool=replace(report.tool, command=args.command_line, finished=finished))
-    path: Path
     for path in sorted(args.report, key=lambda path: path == files.STDOUT):
         with _printing() if path == files.STDOUT else nullcontext():
             files.write(report, path)
@@ -186,23 +180,6 @@ def _printing() -> Iterator[None]:
         if not isinstance(error, BrokenPipeError):
             reason = error.strerror or str(error)
             raise InputError(f"standard output cannot be written: {reason}. Give --report FILE and --quiet.") from error
-
-
-def _say(message: str, *, verbose: bool) -> None:
-    """One message on standard error, after the traceback where that was asked for."""
-    try:
-        if verbose:
-            traceback.print_exc()
-        print(message, file=sys.stderr, flush=True)
-    except OSError:  # nobody listens
-        drain(sys.stderr)
-
-
-def _print_anything() -> None:
-    """Names in a model may hold what the terminal's encoding has no character for: shown as escapes, no crash."""
-    for stream in (sys.stdout, sys.stderr):
-        if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="backslashreplace")
 
 
 @contextmanager

@@ -42,6 +42,8 @@ def run_isolated(work: Callable[[], int]) -> int:
         The work's status. If a signal killed it, with one message on standard error: 128 + the signal's number for
         those that ask to end, which are passed on (130 for SIGINT, 143 for SIGTERM); 2 for a crash or SIGKILL.
     """
+    with suppress(OSError):  # no memory: then nothing is recorded
+        journal.share()
     if sys.platform != "linux":
         return work()
     for stream in (sys.stdout, sys.stderr):
@@ -53,9 +55,8 @@ def run_isolated(work: Callable[[], int]) -> int:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ends)
     parent = os.getpid()
     try:
-        journal.share()
         child = os.fork()
-    except OSError:  # no more processes or memory to be had: then without the safety
+    except OSError:  # no more processes to be had: then without the safety
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         return work()
     if not child:
@@ -133,10 +134,8 @@ def _work_and_exit(work: Callable[[], int]) -> Never:
 
 def _words(number: int, record: journal.Record, *, asked: bool) -> str:
     """What a signal did to the child, and what to do next."""
-    placed = " and ".join(record.placed)
-    written = f"{placed} was written before" if placed else "nothing was written"
     if asked:
-        return f"{'interrupted' if number == signal.SIGINT else 'terminated'}: {written}"
+        return f"{'interrupted' if number == signal.SIGINT else 'terminated'}: {record.written}"
     # Real-time signals have no names.
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     what, hint = "ended by a signal", "Look for a limit of the system, or for who sent it."
@@ -145,7 +144,7 @@ def _words(number: int, record: journal.Record, *, asked: bool) -> str:
     elif name in _CRASHES:
         what = "a native library crashed"
         hint = "Check that the model runs in ONNX Runtime alone; --verbose shows the place."
-    return f"error: {what} ({name}) {record.stage}; {written}. {hint}"
+    return f"error: {what} ({name}) {record.stage}; {record.written}. {hint}"
 
 
 def say(message: str) -> None:

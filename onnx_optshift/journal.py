@@ -28,9 +28,10 @@ class Record:
     renames: list[tuple[str, int]] = field(default_factory=list)
 
     @property
-    def placed(self) -> list[str]:
-        """The files that got their final places: a rename keeps the inode number."""
-        return [path for path, inode in self.renames if os.path.exists(path) and os.stat(path).st_ino == inode]
+    def written(self) -> str:
+        """Which files have got their final places, in words: a rename keeps the inode number."""
+        placed = [path for path, inode in self.renames if os.path.exists(path) and os.stat(path).st_ino == inode]
+        return f"{' and '.join(placed)} was written before" if placed else "nothing was written"
 
 
 def share() -> None:

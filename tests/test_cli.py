@@ -4,12 +4,16 @@ import itertools
 import json
 import logging
 import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
+import time
 import types
 import warnings
 from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -19,7 +23,10 @@ import onnx_optshift
 from onnx_optshift import cli
 from onnx_optshift.arguments import parse
 from onnx_optshift.errors import DeviceError, InputError, ToleranceError
+from onnx_optshift.report import progress
 from onnx_optshift.report.model import Verification
+from onnx_optshift.report.progress import Lines
+from onnx_optshift.run.layers import Layers
 from onnx_optshift.settings import Settings
 
 FILES = ["in.onnx", "out.onnx"]
@@ -27,24 +34,21 @@ FILES = ["in.onnx", "out.onnx"]
 
 @pytest.fixture
 def called(monkeypatch):
-    """Stands in for the pages that do the work: records their calls and returns a finished report."""
-    calls = types.SimpleNamespace(args=None, raises=None, report=report())
+    """Stands in for the commands: records what they are called with and returns a finished report."""
+    calls = types.SimpleNamespace(args=None, options=None, raises=None, report=report())
 
-    def answer(*args):
-        calls.args = args
+    def answer(*args, **options):
+        calls.args, calls.options = args, options
         if calls.raises:
             raise calls.raises
         return calls.report
 
-    optimize = types.ModuleType("onnx_optshift.optimize")
-    optimize.run = lambda *args: types.SimpleNamespace(report=answer(*args))
-    optimize.inspect = answer
-    audit = types.ModuleType("onnx_optshift.audit")
-    audit.compare = lambda *args, baseline: answer(*args, baseline)
-    for module in (optimize, audit):
-        name = module.__name__.rpartition(".")[2]
-        monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setattr(onnx_optshift, name, module, raising=False)
+    def shift(*args, **options):
+        return types.SimpleNamespace(report=answer(*args, **options))
+
+    for name in ("inspect", "verify", "diagnose"):
+        monkeypatch.setattr(import_module(f"onnx_optshift.commands.{name}"), name, answer)
+    monkeypatch.setattr(import_module("onnx_optshift.commands.shift"), "run", shift)
     return calls
 
 
@@ -56,7 +60,9 @@ def refused(argv):
 
 def test_two_files_alone_mean_the_defaults(called, capsys):
     assert cli.main(FILES) == 0
-    model, out, calibration, heldout, settings, _ = called.args
+    model, out, calibration, heldout, settings, shown = called.args
+    assert isinstance(shown, Lines)
+    assert called.options == {"reports": []}
     assert (model, out) == (Path("in.onnx"), Path("out.onnx"))
     assert calibration is heldout is None
     assert settings == Settings()
@@ -101,7 +107,7 @@ def test_the_report_on_standard_output_is_all_that_is_there(capsys):
     assert cli.main(["inspect", str(model), "--report", "-"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["command"] == "inspect"
-    assert err.startswith("capture: 1000 of 1000")
+    assert [line.partition(":")[0] for line in err.splitlines()] == ["preparation", "capture", "solve"]
     assert cli.main(["inspect", str(model), "--report", "-", "--quiet"]) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["schema"] == 1
@@ -234,7 +240,10 @@ def test_verify_passes_and_fails_by_status(called, capsys):
         (DeviceError("no cuda"), 2, "error: no cuda\n"),
         (ToleranceError("left"), 3, "error: left\n"),
         (KeyboardInterrupt(), 130, "interrupted: nothing was written\n"),
-        (MemoryError(), 2, "error: out of memory. Lower"),
+        (MemoryError(), 2, "error: out of memory; nothing was written. Lower"),
+        (RuntimeError("[enforce] DefaultCPUAllocator: can't allocate"), 2, "error: out of memory; nothing was"),
+        (RuntimeError("CUDA out of memory. Tried"), 2, "error: out of memory; nothing was written. Lower"),
+        (RuntimeError("no such thing"), 2, "error: internal error: RuntimeError: no such thing; run with"),
         (ValueError("a\nb"), 2, "error: internal error: ValueError: a b; run with --verbose for the traceback\n"),
     ],
 )
@@ -288,7 +297,7 @@ def test_libraries_are_kept_quiet_and_left_as_they_were(called, monkeypatch, cap
         logger.info("a log line")
         return called.report
 
-    monkeypatch.setattr(sys.modules["onnx_optshift.optimize"], "inspect", noisy)
+    monkeypatch.setattr("onnx_optshift.commands.inspect.inspect", noisy)
     argv = ["inspect", "m.onnx", "--log-level", "info"]
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -309,10 +318,90 @@ def test_help_and_version():
     for command in ("inspect", "verify"):
         assert command in text
         assert capture_help(command).startswith(f"usage: onnx-optshift {command}")
+    for command in ("shift", "inspect", "verify", "diagnose"):
+        example = capture_help(command).rstrip().rpartition("\n\nexample:\n  ")[2].split()
+        assert example[0] == "onnx-optshift"
+        assert parse(example[1:]).command == command
     done = subprocess.run(
         [sys.executable, "-m", "onnx_optshift", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout == f"onnx-optshift {onnx_optshift.__version__}\n"
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_bash_completes_commands_options_values_and_files(tmp_path, capsys):
+    assert cli.main(["--print-completion", "bash"]) == 0
+    script, folder = tmp_path / "script", tmp_path / "folder"
+    script.write_text(capsys.readouterr().out)
+    folder.mkdir()
+    (folder / "model.onnx").touch()
+
+    def bash(text):
+        text = f"source {shlex.quote(str(script))}; {text}"
+        return subprocess.run(["bash", "-c", text], cwd=folder, capture_output=True, text=True, check=True).stdout
+
+    def completed(*words):
+        """What is offered for the last of these words."""
+        place = f"COMP_WORDS=(onnx-optshift {shlex.join(words)}) COMP_CWORD={len(words)}"
+        return set(bash(f"{place}; _shtab_onnx_optshift onnx-optshift; echo ${{COMPREPLY[@]}}").split())
+
+    assert completed("insp") == {"inspect"}
+    assert completed("--tol") == {"--tolerance"}
+    assert completed("inspect", "--tol") == set()
+    assert completed("verify", "--max-d") == {"--max-drift"}
+    assert completed("--objective", "") == {"norm", "range", "curvature"}
+    assert completed("inspect", "--range-scope", "c") == {"channel"}
+    assert completed("inspect", "mod") == completed("--calib", "mod") == {"model.onnx"}
+    # Neither a command nor an option: then bash is asked to look for files itself.
+    assert completed("mod") == completed("other.onnx", "mod") == set()
+    assert " -o default " in bash("complete -p onnx-optshift")
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh"])
+def test_other_shells_have_their_scripts(shell, capsys):
+    assert cli.main(["verify", "--print-completion", shell]) == 0
+    out = capsys.readouterr().out
+    assert {word for word in ("inspect", "diagnose", "tolerance", "max-drift") if word in out} > {"tolerance"}
+
+
+def test_completion_that_cannot_be_had_says_why(capsys, monkeypatch):
+    assert "expected one of bash, " in refused(["--print-completion", "nosh"])
+    monkeypatch.setitem(sys.modules, "shtab", None)  # as if it were not installed
+    assert cli.main(["--print-completion", "bash"]) == 2
+    out, err = capsys.readouterr()
+    assert not out
+    assert "pip install 'onnx-optshift[completion]'" in err
+    assert err.count("\n") == 1
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Solving a layer takes long, in comparison to the time after which a run must not be silent."""
+    solve = Layers.solve
+
+    def slowly(self, weight, tolerance):
+        time.sleep(0.3)
+        return solve(self, weight, tolerance)
+
+    monkeypatch.setattr(Layers, "solve", slowly)
+    monkeypatch.setattr(progress, "EVERY", 0.1)
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_a_piped_run_is_never_silent_for_long_while_it_solves(quiet, slow, capsys):
+    model = Path(__file__).parent.parent / "models" / "digits_mlp" / "model.onnx"
+    assert cli.main([str(model), "--dry-run", "--heldout", "none", *quiet * ["--quiet"]]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    if quiet:
+        assert not lines
+        return
+    stages = [line for line in lines if re.fullmatch(r"(preparation|capture|solve|verify): [\d.]+ s", line)]
+    assert list(dict.fromkeys(line.partition(":")[0] for line in stages)) == [
+        "preparation", "capture", "solve", "verify"
+    ]  # fmt: skip
+    # Two or three for each of three layers, and how many of them are solved.
+    counts = [re.fullmatch(r"solve: (\d) of 3, [\d.]+ s", line) for line in lines]
+    assert {match[1] for match in counts if match} == {"0", "1", "2"}
 
 
 def test_a_reader_that_goes_is_no_error():

@@ -262,18 +262,24 @@ def fail(*_):
     raise OSError("no more")
 
 
-@pytest.mark.parametrize("lacking", ["safe forks", "processes", "files"])
+@pytest.mark.parametrize("lacking", ["safe forks", "processes"])
 def test_without_a_second_process_it_runs_here(lacking, monkeypatch):
     if lacking == "safe forks":
         monkeypatch.setattr(sys, "platform", "darwin")
     else:
-        monkeypatch.setattr(*{"processes": (os, "fork"), "files": (journal, "share")}[lacking], fail)
+        monkeypatch.setattr(os, "fork", fail)
     monkeypatch.setattr(journal, "_shared", None)  # as it was, afterwards
     here = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getsignal(signal.SIGTERM)
     assert isolation.run_isolated(lambda: here.append(os.getpid()) or 5) == 5
     assert here == [os.getpid()]
     assert before == (signal.pthread_sigmask(signal.SIG_BLOCK, []), signal.getsignal(signal.SIGTERM))
+
+
+def test_without_memory_for_a_journal_there_is_still_one_message(tmp_path):
+    done = ended("os.abort()", tmp_path, "def fail(*_):\n    raise OSError\njournal.mmap.mmap = fail")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: a native library crashed (SIGABRT) at the start; nothing was written.")
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """Progress: a bar on a terminal, lines elsewhere that never fall silent for long, nothing if quiet."""
 
 import io
+import re
 import time
 
 import pytest
 
+from onnx_optshift import journal
 from onnx_optshift.report.progress import SILENT, Bar, Lines, progress_for
 
 
@@ -50,11 +52,26 @@ def test_a_stage_that_never_advances_speaks():
     assert stream.getvalue() == ended  # nobody speaks for a stage that has ended
 
 
-def test_of_nested_stages_the_innermost_speaks():
+def test_nested_stages_share_their_lines():
     stream = io.StringIO()
     progress = Lines(stream, every=0.01)
-    with progress.stage("outer"), progress.stage("inner"):
-        assert {line.split(":")[0] for line in lines_after(stream, 3)} == {"inner"}
+    with progress.stage("outer"):
+        with progress.stage("inner", 5) as advance:
+            advance(2)
+            assert {line.partition(" s")[0][:-3] for line in lines_after(stream, 3)} == {"outer: inner, 2 of 5, "}
+        before = stream.getvalue().splitlines()
+        later = lines_after(stream, len(before) + 2)[len(before) :]
+        assert all(re.fullmatch(r"outer: [\d.]+ s", line) for line in later)
+    assert "outer: " in stream.getvalue().splitlines()[-1]
+
+
+def test_stages_are_noted_for_whoever_tells_where_a_run_died(monkeypatch):
+    monkeypatch.setattr(journal, "_shared", None)
+    journal.share()
+    for progress in (SILENT, Lines(io.StringIO()), Bar(io.StringIO())):
+        with progress.stage("outer"), progress.stage("inner", 3):
+            assert journal.read().stage == "during inner"
+        assert journal.read().stage == "after outer"
 
 
 def test_a_reader_that_has_gone_ends_no_run():
