@@ -13,9 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "onnx_optshift"
 # its whole sub-package, whose modules may import each other.
 ROWS = [
     ["errors"],
-    ["write.leftovers", "journal"],
-    ["geometry", "report.diagnosis", "report.progress", "isolation"],
-    ["report.model", "settings"],
+    ["journal"],
+    ["geometry", "report.diagnosis", "report.progress", "write.atomic"],
+    ["report.model", "settings", "isolation", "completion"],
+    ["options"],
     ["graph", "calibration", "stats", "quantize"],
     ["write", "capture", "solve", "prove.compare", "prove.static"],
     ["report"],
@@ -37,8 +38,8 @@ BORDERS = {
     "onnx": {"graph", "calibration", "write", "prove.static", "run.prepare", "commands", "api"},
     "psutil": {"run.budget"},
     "jinja2": {"report.htmlpage"},
-    "matplotlib": {"report.charts", "report.svg"},
-    "rich": {"report.terminal", "report.progress", "cli"},
+    "rich": {"report.terminal", "report.progress"},
+    "shtab": {"completion"},
 }
 LEVELS = {name: level for level, row in enumerate(ROWS) for name in row}
 

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, field
 from os import fspath
 from typing import Any
 
-import numpy as np
-
 from onnx_optshift.report.diagnosis import Diagnosis, FlatnessReport
 
 
@@ -290,4 +288,5 @@ class Report:
 
 def _plain(value: Any) -> Any:
     """Numbers of numpy, and paths; `fspath` refuses everything else."""
-    return value.item() if isinstance(value, np.generic) else fspath(value)
+    # numpy itself is slow to load, and whoever only imports a report needs none.
+    return value.item() if getattr(value, "shape", None) == () else fspath(value)
