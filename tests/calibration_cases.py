@@ -61,6 +61,19 @@ def write_npy_by_name(folder: Path, stacked: dict[str, np.ndarray]) -> Path:
     return root
 
 
+def write_safetensors(folder: Path, stacked: dict[str, np.ndarray]) -> Path:
+    """Byte by byte from the format's description: length of the header, header, data."""
+    kinds, header, end = {"f": "F", "i": "I", "u": "U", "V": "BF"}, {"__metadata__": {"made": "here"}}, 0
+    for name, array in stacked.items():
+        dtype = f"{kinds[array.dtype.kind]}{8 * array.itemsize}"
+        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [end, end + array.nbytes]}
+        end += array.nbytes
+    text = json.dumps(header).encode()
+    path = folder / "data.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(array.tobytes() for array in stacked.values()))
+    return path
+
+
 def write_test_sets(folder: Path, stacked: dict[str, np.ndarray]) -> Path:
     root = folder / "sets"
     for i, feed in enumerate(feeds(stacked)):
@@ -131,6 +144,7 @@ FILES = {
     "npz": write_npz,
     "folder of npz": write_npz_folder,
     "npy files named as inputs": write_npy_by_name,
+    "safetensors": write_safetensors,
     "Polygraphy JSON file": write_json,
     "Polygraphy JSON folder": write_json_folder,
     "script": write_script,

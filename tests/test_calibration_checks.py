@@ -86,6 +86,11 @@ def test_bfloat16_that_numpy_saved_without_its_name(tmp_path):
     samples = load([tmp_path / "a.npz"], [spec(ml_dtypes.bfloat16)])
     np.testing.assert_array_equal(next(samples.batches(3)).feeds["v"], values)
 
+    values[1] = np.nan
+    np.savez(tmp_path / "a.npz", v=values)
+    with pytest.raises(InputError, match="'v' holds 1 values that are NaN or infinite, first in sample 1"):
+        load([tmp_path / "a.npz"], [spec(ml_dtypes.bfloat16)])
+
 
 def test_an_input_of_unknown_type_takes_any_tensor_but_no_records():
     unknown = InputSpec("v", None, None)

@@ -13,6 +13,7 @@ from calibration_cases import (
     write_json,
     write_json_folder,
     write_npz,
+    write_safetensors,
     write_test_sets,
 )
 from onnx import numpy_helper
@@ -52,7 +53,7 @@ def pb(folder, data):
     return next(write_test_sets(folder, {k: v[:1] for k, v in data.items()}).iterdir()) / "input_0.pb"
 
 
-@pytest.mark.parametrize("write", [write_npz, compressed, one_npy, write_json, pb])
+@pytest.mark.parametrize("write", [write_npz, compressed, one_npy, write_safetensors, write_json, pb])
 def test_damaged_files_load_or_are_input_errors(write, tmp_path):
     path = write(tmp_path, arrays(labels=write is not pb))
     source = path.parent if write is pb else path
@@ -84,7 +85,7 @@ def test_flipped_payload_of_a_npz_never_passes_for_data(tmp_path):
             load([path], INPUTS)
 
 
-@pytest.mark.parametrize("name", ["a.npz", "a.npy", "a.json"])
+@pytest.mark.parametrize("name", ["a.npz", "a.npy", "a.safetensors", "a.json"])
 @pytest.mark.parametrize(
     "content", [b"", b"\x00", b"not data at all", b"PK\x03\x04", b"\x93NUMPY", b"[]", b"[1]", b"{}"]
 )

@@ -9,6 +9,7 @@ from collections import deque
 import ml_dtypes
 import numpy as np
 import pytest
+from calibration_cases import write_safetensors
 
 from onnx_optshift.calibration import files
 from onnx_optshift.calibration.inputs import InputSpec
@@ -53,7 +54,7 @@ def in_columns(folder, data):
     return npz(folder, {name: np.asfortranarray(array) for name, array in data.items()})
 
 
-LARGE = [npz, npz_in_a_folder, npy_by_name]
+LARGE = [npz, npz_in_a_folder, npy_by_name, write_safetensors]
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +107,8 @@ def test_one_large_array_without_a_name_and_of_another_type(tmp_path):
     spec = InputSpec("x", np.dtype(ml_dtypes.bfloat16), ("n", WIDTH))
     samples = load([tmp_path / "a.npy"], [spec])
     assert len(samples._parts) > 10
+    assert samples.fingerprint == load([data], [spec]).fingerprint
+    samples = load([write_safetensors(tmp_path, {"x": data})], [spec])
     assert samples.fingerprint == load([data], [spec]).fingerprint
     wide = data.astype(">f8")
     np.save(tmp_path / "b.npy", wide)

@@ -1,10 +1,8 @@
-"""Calibration data in files: .npz, .npy, `test_data_set_*` folders, Polygraphy JSON, and folders of these.
+"""Calibration data in files: .npz, .npy, .safetensors, `test_data_set_*`, Polygraphy JSON, and folders of these.
 
-A file of modest size is read into memory whole. Of a large one the rows are read in pieces where its format allows that
-(.npy, .npz without compression), and the files of a folder one at a time: once to check them, and again on every pass.
-Nothing is ever unpickled.
-
-A new format is a function from a file to its arrays by name, or to a list of feeds, and a row in one of two tables.
+A file of modest size is read whole and kept. Rows of a large one are read in pieces where its format allows that (not
+.npz with compression), and the files of a folder one at a time: once to check them, and again on every pass. Nothing is
+ever unpickled. A new format is a function here, and a row in one of the two tables at the end.
 """
 
 from __future__ import annotations
@@ -29,16 +27,19 @@ from onnx_optshift.calibration.inputs import InputSpec, describe, why_feeds
 from onnx_optshift.calibration.source import Array, Feeds
 from onnx_optshift.errors import InputError, closest
 
-# Rows of a larger file are read in pieces of this many bytes.
+# Rows of a file larger than this are read in pieces of about as many bytes.
 PIECE_BYTES = 1 << 24
 TEST_SETS = "test_data_set_*"
 _PB_INPUT = re.compile(r"input_(\d+)\.pb")
 _KINDS = (
-    f"a .npz or .npy file, a folder of such files, a {TEST_SETS} folder (input_<i>.pb) or a folder of those, a "
-    "Polygraphy JSON file or folder, or script.py[:function]"
+    f"a .npz, .npy or .safetensors file, a folder of such files, a {TEST_SETS} folder (input_<i>.pb) or a folder of "
+    "those, a Polygraphy JSON file or folder, or script.py[:function]"
 )
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-_ENCODED = "Expected arrays as `polygraphy run --save-inputs` writes them."
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_SAFETENSORS = (
+    {"BOOL": "?", "U8": "<u1", "I8": "<i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8"}
+    | {"I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "V2"}
+)  # fmt: skip
 
 
 def path_entries(path: Path, inputs: Sequence[InputSpec], *, lazy: bool = False) -> Entries:
@@ -49,20 +50,20 @@ def path_entries(path: Path, inputs: Sequence[InputSpec], *, lazy: bool = False)
     """
     if path.is_dir():
         yield from _folder(path, inputs)
-    elif path.suffix in _ARRAYS and path.exists():
+    elif not path.exists():
+        hint = closest(path.name, [entry.name for entry in path.absolute().parent.glob("*")])
+        raise InputError(f"{path}: no such file or folder.{hint} Expected {_KINDS}.")
+    elif path.suffix in _ARRAYS:
         yield from _arrays(path, [path], inputs, lazy=lazy)
-    elif path.suffix in _FEEDS and path.exists():
-        feeds = _feeds(path)
-        if lazy and len(feeds) == 1:  # a list of feeds is not read anew for each of them
+    elif path.suffix in _FEEDS:
+        feeds = _read_feeds(path)
+        if lazy and len(feeds) == 1:  # of a list, the whole file would be read again for each
             del feeds  # else they would live on while the next file is read
-            yield Entry(str(path), lambda: _feeds(path)[0], feed=True, lazy=True)
+            yield Entry(str(path), lambda: _read_feeds(path)[0], feed=True, lazy=True)
         else:
-            for number, feed in enumerate(feeds):
-                yield Entry(f"{path}, feed {number}", partial(dict, feed), feed=True)
-    elif path.exists():
-        raise InputError(f"{path}: this kind of file is not read as calibration data. Expected {_KINDS}.")
+            yield from (Entry(f"{path}, feed {i}", partial(dict, feed), feed=True) for i, feed in enumerate(feeds))
     else:
-        raise InputError(f"{path}: no such file or folder.{_neighbours(path)} Expected {_KINDS}.")
+        raise InputError(f"{path}: this kind of file is not read as calibration data. Expected {_KINDS}.")
 
 
 def find_test_sets(folder: Path, inputs: int) -> list[Path]:
@@ -91,33 +92,18 @@ def _folder(folder: Path, inputs: Sequence[InputSpec]) -> Entries:
 
 
 def _arrays(where: Path, files: Sequence[Path], inputs: Sequence[InputSpec], *, lazy: bool) -> Entries:
-    """The arrays of a file, or of several with one each; in pieces where that is large and they are stacked."""
+    """The arrays of a file, or of several with one each; in pieces where they are large and stacked."""
     large = sum(file.stat().st_size for file in files) > PIECE_BYTES
     pieces = _pieces(files) if large and not why_feeds(inputs) else []
     for rows in pieces:
         yield Entry(str(where), partial(_rows, files, rows), lazy=True, start=rows.start)
     if not pieces:
-        yield Entry(str(where), partial(_together, files), lazy=lazy)
-
-
-def _together(files: Sequence[Path], *, mapped: bool = False) -> Feeds:
-    found: Feeds = {}
-    for file in files:
-        with _reading(file):
-            arrays = _ARRAYS[file.suffix](file, mapped)
-        column = file.stem if len(files) > 1 else UNNAMED
-        found |= {name or column: array for name, array in arrays.items()}
-    return found
-
-
-def _rows(files: Sequence[Path], rows: slice) -> Feeds:
-    # Copied: pages that are mapped count as the process's own.
-    return {name: np.array(array[rows]) for name, array in _together(files, mapped=True).items()}
+        yield Entry(str(where), partial(_read_arrays, files), lazy=lazy)
 
 
 def _pieces(files: Sequence[Path]) -> list[slice]:
     """Rows to be read together; none where arrays have different lengths, or no row can be read without the rest."""
-    arrays = _together(files, mapped=True)
+    arrays = _read_arrays(files, mapped=True)
     lengths = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(lengths) != 1 or not all(isinstance(array, np.memmap) for array in arrays.values()):
         return []
@@ -128,6 +114,11 @@ def _pieces(files: Sequence[Path]) -> list[slice]:
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
+def _rows(files: Sequence[Path], rows: slice) -> Feeds:
+    # Copied: pages that are mapped count as the process's own.
+    return {name: np.array(array[rows]) for name, array in _read_arrays(files, mapped=True).items()}
+
+
 def _check_sums(path: Path) -> None:
     # Nobody else looks at the checksums of what is mapped.
     with _reading(path), zipfile.ZipFile(path) as archive:
@@ -136,7 +127,17 @@ def _check_sums(path: Path) -> None:
             raise zipfile.BadZipFile(f"Bad CRC-32 for file {damaged!r}")
 
 
-def _feeds(path: Path) -> list[Feeds]:
+def _read_arrays(files: Sequence[Path], *, mapped: bool = False) -> Feeds:
+    found: Feeds = {}
+    for file in files:
+        with _reading(file):
+            arrays = _ARRAYS[file.suffix](file, mapped)
+        column = file.stem if len(files) > 1 else UNNAMED
+        found |= {name or column: array for name, array in arrays.items()}
+    return found
+
+
+def _read_feeds(path: Path) -> list[Feeds]:
     with _reading(path):
         return _FEEDS[path.suffix](path)
 
@@ -151,25 +152,51 @@ def _numpy(path: Path, mapped: bool) -> Feeds:
         if isinstance(loaded, np.ndarray):
             return {UNNAMED: loaded}
         with loaded:
-            return {name: _member(loaded, name, file if mapped else None) for name in loaded.files}
+            return {name: _member(loaded, name, file) if mapped else loaded[name] for name in loaded.files}
 
 
-def _member(loaded: Any, name: str, file: IO[bytes] | None) -> Any:
-    """An array of a .npz; mapped where its file is given and has it neither compressed nor in an odd layout."""
+def _member(loaded: Any, name: str, file: IO[bytes]) -> Any:
+    """An array of a .npz file; mapped, unless it is compressed or of an odd layout."""
     info = loaded.zip.NameToInfo.get(f"{name}.npy")
-    if file is None or info is None or info.compress_type != zipfile.ZIP_STORED:
+    if info is None or info.compress_type != zipfile.ZIP_STORED:
         return loaded[name]
     with loaded.zip.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        if version not in _HEADERS:
-            return loaded[name]
-        shape, fortran, dtype = _HEADERS[version](member)
+        header = _NPY_HEADERS.get(np.lib.format.read_magic(member))
+        shape, fortran, dtype = header(member) if header else ((0,), False, np.dtype(object))
         start = member.tell()
     if dtype.hasobject or 0 in shape:
         return loaded[name]
     file.seek(info.header_offset + 26)  # of the lengths of name and extra field, after which the member begins
     start += info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
     return np.memmap(file, dtype, "r", start, shape, "F" if fortran else "C")
+
+
+def _safetensors(path: Path, mapped: bool) -> Feeds:
+    data = np.memmap(path, np.uint8, "r") if mapped else np.fromfile(path, np.uint8)
+    begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header = json.loads(data[8:begin].tobytes())
+    header.pop("__metadata__", None)
+    found: Feeds = {}
+    for name, tensor in header.items():
+        start, stop = (begin + offset for offset in tensor["data_offsets"])
+        found[name] = data[start:stop].view(_SAFETENSORS[tensor["dtype"]]).reshape(tensor["shape"])
+    return found
+
+
+def _json(path: Path) -> list[Feeds]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    feeds = content if isinstance(content, list) else [content]
+    expected = "Expected arrays as `polygraphy run --save-inputs` writes them."
+    if not feeds or not all(isinstance(feed, dict) for feed in feeds):
+        raise InputError(f"{path}: expected a list of dicts, one array by input name each. {expected}")
+    found: list[Feeds] = [{} for _ in feeds]
+    for arrays, feed in zip(found, feeds, strict=True):
+        for name, value in feed.items():
+            text = value.get("array") if isinstance(value, dict) else None
+            if not isinstance(text, str):
+                raise InputError(f"{path}: {name!r} is not an encoded array. {expected}")
+            arrays[name] = np.asarray(np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False))
+    return found
 
 
 def _read_test_set(folder: Path, inputs: Sequence[InputSpec]) -> Feeds:
@@ -210,27 +237,6 @@ def _pb_files(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), file) for match, file in found))
 
 
-def _json(path: Path) -> list[Feeds]:
-    # A list of feeds, or one.
-    content = json.loads(path.read_text(encoding="utf-8"))
-    feeds = content if isinstance(content, list) else [content]
-    if not feeds or not all(isinstance(feed, dict) for feed in feeds):
-        raise InputError(f"{path}: expected a list of dicts, one array by input name each. {_ENCODED}")
-    return [{name: _decoded(value, name, path) for name, value in feed.items()} for feed in feeds]
-
-
-def _decoded(value: Any, name: str, path: Path) -> Array:
-    text = value.get("array") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise InputError(f"{path}: {name!r} is not an encoded array. {_ENCODED}")
-    return np.asarray(np.load(io.BytesIO(base64.b64decode(text, validate=True)), allow_pickle=False))
-
-
-# By suffix: files that hold one set of arrays, stacked unless the model rules that out; and files that hold feeds.
-_ARRAYS: Mapping[str, Callable[[Path, bool], Feeds]] = {".npz": _numpy, ".npy": _numpy}
-_FEEDS: Mapping[str, Callable[[Path], list[Feeds]]] = {".json": _json}
-
-
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     # A damaged file fails in any of two dozen ways inside zipfile, zlib, numpy, json and protobuf, so any exception
@@ -257,8 +263,6 @@ def _natural(path: Path) -> list[str | int]:
     return [int(text) if position % 2 else text for position, text in enumerate(re.split(r"(\d+)", path.name))]
 
 
-def _neighbours(path: Path) -> str:
-    try:
-        return closest(path.name, [entry.name for entry in path.absolute().parent.iterdir()])
-    except OSError:
-        return ""
+# By suffix: files of one set of arrays each, stacked unless the model rules that out; and files of feeds.
+_ARRAYS: Mapping[str, Callable[[Path, bool], Feeds]] = {".npz": _numpy, ".npy": _numpy, ".safetensors": _safetensors}
+_FEEDS: Mapping[str, Callable[[Path], list[Feeds]]] = {".json": _json}

@@ -45,10 +45,7 @@ def describe(inputs: Sequence[InputSpec]) -> str:
 
 
 def fixed_batch(inputs: Sequence[InputSpec]) -> int | None:
-    """Size of the batch axis when the model fixes it, else None.
-
-    Where inputs fix their leading dimension differently there is no common batch axis, and None is returned too.
-    """
+    """Size of the batch axis where all inputs that fix their leading dimension fix it alike, else None."""
     leads = {spec.shape[0] for spec in inputs if spec.shape and isinstance(spec.shape[0], int)}
     return leads.pop() if len(leads) == 1 else None
 

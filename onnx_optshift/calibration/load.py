@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from onnx_optshift.calibration.readers import object_entries, script_entries
 from onnx_optshift.calibration.source import Feeds, Part, Samples
 from onnx_optshift.errors import InputError
 
-DEFAULT_FUNCTION = "load_data"
 _SCRIPT = re.compile(r"(?P<path>.+\.py)(:(?P<function>[^:/\\]*))?")
 
 
@@ -26,7 +26,7 @@ def load(
     labels_name: str = "labels",
     labels_required: bool = False,
 ) -> Samples:
-    """Reads and checks calibration data; several sources are chained.
+    """Reads and checks calibration data, at least one sample; several sources are chained.
 
     Args:
         sources: Paths, scripts (`script.py[:function]`), arrays, dicts, readers, iterables, callables; or one
@@ -36,9 +36,6 @@ def load(
         inputs: The model's inputs.
         labels_name: Name of the array with labels.
         labels_required: Whether data without that array is an error, because the user named it.
-
-    Returns:
-        All samples, at least one.
 
     Raises:
         InputError: There is no data, or it does not fit the model.
@@ -64,7 +61,7 @@ def load(
         name, entries = _opened(source, inputs)
         names.append(name)
         with closing(entries):  # a script's import path ends with its generator
-            parts += [_lazy(entry, checked) if entry.lazy else checked(entry) for entry in entries]
+            parts += [_read_again(checked(e), e, checked) if e.lazy else checked(e) for e in entries]
     return Samples(parts, source=", ".join(names), batch=fixed_batch(inputs), notes=list(notes))
 
 
@@ -81,28 +78,24 @@ def beside(model_path: Path, inputs: Sequence[InputSpec]) -> list[Path]:
 
 def _opened(source: object, inputs: Sequence[InputSpec]) -> tuple[str, Entries]:
     """The source's name for the report, and what it holds."""
-    if isinstance(source, (str, PathLike)):
-        script = _SCRIPT.fullmatch(str(source))
-        if not script:
-            return str(source), path_entries(Path(source), inputs)
-        path, function = Path(script["path"]), script["function"] or DEFAULT_FUNCTION
-        return f"{path}:{function}", script_entries(path, function, inputs)
-    name = f"Python {getattr(source, '__qualname__', None) or type(source).__name__}"
-    return name, object_entries(source, name, inputs)
+    if not isinstance(source, (str, PathLike)):
+        name = f"Python {getattr(source, '__qualname__', None) or type(source).__name__}"
+        return name, object_entries(source, name, inputs)
+    script = _SCRIPT.fullmatch(str(source))
+    if not script:
+        return str(source), path_entries(Path(source), inputs)
+    path, function = Path(script["path"]), script["function"] or "load_data"
+    return f"{path}:{function}", script_entries(path, function, inputs)
 
 
-def _lazy(entry: Entry, checked: Callable[[Entry], Part]) -> Part:
-    """A part that is checked now, and read and checked again on every pass."""
-    first = checked(entry)
-    rows, stacked, labels = first.rows, first.stacked, first.labels
-    del first  # the closure below must not keep its arrays alive
+def _read_again(part: Part, entry: Entry, checked: Callable[[Entry], Part]) -> Part:
+    """A checked part without its arrays: they are read and checked again on every pass."""
+    rows, stacked = part.rows, part.stacked
 
     def again() -> Feeds:
-        part = checked(entry)
-        if (part.rows, part.stacked) != (rows, stacked):
-            raise InputError(
-                f"{entry.where}: changed while it was in use ({rows} samples, now {part.rows}). Run again."
-            )
-        return part.read()
+        now = checked(entry)
+        if (now.rows, now.stacked) != (rows, stacked):
+            raise InputError(f"{entry.where}: changed while it was in use ({rows} samples, now {now.rows}). Run again.")
+        return now.read()
 
-    return Part(rows, stacked, again, labels)
+    return replace(part, read=again)

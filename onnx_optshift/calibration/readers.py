@@ -31,17 +31,18 @@ def object_entries(source: Any, name: str, inputs: Sequence[InputSpec], script: 
         InputError: It is of no such kind, or fails.
     """
     # A reader's truth value and length may be undefined or wrong, and copying one breaks it: only get_next is called.
-    if _is_factory(source):
+    reads = callable(getattr(source, "get_next", None))
+    if isinstance(source, type) or (callable(source) and not reads and not isinstance(source, Iterable)):
         with _running(name, script):
             source = source()
     if callable(getattr(source, "get_next", None)):
-        yield from _feeds(_until_empty(source), name, inputs, script, once=True)
+        yield from _feeds(_until_empty(source), name, inputs, script)
     elif isinstance(source, np.ndarray):
         yield Entry(name, lambda: {UNNAMED: source})
     elif isinstance(source, Mapping):
         yield Entry(name, lambda: source)
     elif isinstance(source, Iterable) and not isinstance(source, (str, bytes)):
-        yield from _feeds(iter(source), name, inputs, script, once=not isinstance(source, (list, tuple)))
+        yield from _feeds(iter(source), name, inputs, script, kept=isinstance(source, (list, tuple)))
     else:
         raise InputError(
             f"{name}: not calibration data. Expected a path, arrays, a dict of arrays, an iterable of dicts, an object "
@@ -81,15 +82,10 @@ def script_entries(path: Path, function: str, inputs: Sequence[InputSpec]) -> En
         sys.modules.pop(module.__name__, None)
 
 
-def _is_factory(source: object) -> bool:
-    """Whether something is to be called for its data; a class is, even of readers or iterables."""
-    if isinstance(source, type):
-        return True
-    return callable(source) and not callable(getattr(source, "get_next", None)) and not isinstance(source, Iterable)
-
-
-def _feeds(feeds: Iterator[Any], name: str, inputs: Sequence[InputSpec], script: Path | None, *, once: bool) -> Entries:
-    # Each item is one feed. What gives its items once may hand out the same buffer again and again: it is copied.
+def _feeds(
+    feeds: Iterator[Any], name: str, inputs: Sequence[InputSpec], script: Path | None, *, kept: bool = False
+) -> Entries:
+    # Each item is one feed. What does not keep its items may hand out the same buffer again and again: it is copied.
     number = 0
     while True:
         with _running(name, script):
@@ -97,13 +93,12 @@ def _feeds(feeds: Iterator[Any], name: str, inputs: Sequence[InputSpec], script:
         if feed is None:
             break
         where = f"{name}, feed {number}"
-        if isinstance(feed, np.ndarray):
-            feed = {UNNAMED: feed}
+        feed = {UNNAMED: feed} if isinstance(feed, np.ndarray) else feed
         if not isinstance(feed, Mapping):
             raise InputError(
                 f"{where}: expected a dict with an array for each of {describe(inputs)}, found {type(feed).__name__}."
             )
-        yield Entry(where, partial(_copied, feed) if once else partial(dict, feed), feed=True)
+        yield Entry(where, partial(dict, feed) if kept else partial(_copied, feed), feed=True)
         number += 1
     if number == 0:
         raise InputError(
@@ -116,10 +111,7 @@ def _copied(feed: Mapping[str, object]) -> dict[str, object]:
 
 
 def _until_empty(reader: Any) -> Iterator[Any]:
-    while True:
-        feed = reader.get_next()
-        if feed is None or (isinstance(feed, Mapping) and not feed):
-            return
+    while (feed := reader.get_next()) is not None and not (isinstance(feed, Mapping) and not feed):
         yield feed
 
 
@@ -131,9 +123,7 @@ def _running(name: str, script: Path | None) -> Iterator[None]:
     except InputError:
         raise
     except (Exception, SystemExit) as error:
-        places: list[tuple[str, int | None]] = [
-            (f.filename, f.lineno) for f in traceback.extract_tb(error.__traceback__)
-        ]
+        places = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
         if isinstance(error, SyntaxError):
             places.append((str(error.filename), error.lineno))
         if script is not None:

@@ -101,12 +101,11 @@ class Samples:
         self._order = np.arange(self._starts[-1], dtype=np.int64)  # sample numbers over all parts
         # Of inputs alone, and of inputs with labels, by sample number over all parts; shared by all views.
         self._digests: dict[int, tuple[bytes, bytes]] = {}
-        kinds = {None if part.labels is None else part.labels.dtype for part in parts}
+        kinds = {"none" if part.labels is None else part.labels.dtype.name for part in parts}
         if len(kinds) > 1:
-            found = ", ".join(sorted("none" if kind is None else kind.name for kind in kinds))
             raise InputError(
-                f"{source}: the parts of the data disagree about labels ({found}). Give every part integer class "
-                "labels, or every part float targets, or leave labels out everywhere."
+                f"{source}: the parts of the data disagree about labels ({', '.join(sorted(kinds))}). Give every part "
+                "integer class labels, or every part float targets, or leave labels out everywhere."
             )
 
     def __len__(self) -> int:
@@ -114,10 +113,7 @@ class Samples:
 
     @property
     def labels(self) -> Array | None:
-        """Integer class labels or float targets, `[samples, ...]`.
-
-        None without labels, and also when feeds carry one label per row: those only come with their batches.
-        """
+        """Integer class labels or float targets, `[samples, ...]`; None without, or with one for each row of feeds."""
         found = [part.labels for part in self._parts if part.labels is not None and len(part.labels) == part.rows]
         if len(found) < len(self._parts) or len({labels.shape[1:] for labels in found}) != 1:
             return None
@@ -127,19 +123,18 @@ class Samples:
     @property
     def classes(self) -> int | None:
         """Number of distinct class labels; None without integer labels."""
-        found: list[Array] = []
-        for part, rows, _ in self._stretches():
-            if part.labels is None or part.labels.dtype.kind != "i":
-                return None
-            found.append(part.labels[rows] if part.stacked else part.labels)
+        found = [
+            part.labels[rows] if part.stacked else part.labels
+            for part, rows, _ in self._stretches()
+            if part.labels is not None and part.labels.dtype.kind == "i"
+        ]
         return len(np.unique(np.concatenate(found))) if found else None
 
     @property
     def fingerprint(self) -> str:
         """sha256 over names, types, shapes, bytes, labels and order of the samples, however they are stored.
 
-        A row of stacked arrays counts as the feed of leading dimension 1 that it would be. Each sample is read for it
-        once, whatever views are asked afterwards.
+        A stacked row counts as the feed of leading dimension 1 that it would be. Each sample is read once, for all views.
         """
         return hashlib.sha256(b"samples, version 2\n" + b"".join(full for _, full in self._digested())).hexdigest()
 
@@ -198,15 +193,16 @@ class Samples:
             yield self._joined(held)
 
     def _joined(self, pieces: Sequence[Batch]) -> Batch:
-        indices = np.concatenate([piece.indices for piece in pieces])
-        padding = self._batch - len(indices) if self._batch else 0
+        rows = sum(piece.rows for piece in pieces)
+        padding = self._batch - rows if self._batch else 0
+        if len(pieces) == 1 and not padding:
+            return pieces[0]
         feeds: Feeds = {}
         for name in pieces[0].feeds:
             arrays = [piece.feeds[name] for piece in pieces]
-            if padding:
-                arrays.append(np.repeat(arrays[-1][-1:], padding, axis=0))
-            feeds[name] = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+            feeds[name] = np.concatenate([*arrays, np.repeat(arrays[-1][-1:], padding, axis=0)])
         labels = [piece.labels for piece in pieces if piece.labels is not None]
+        indices = np.concatenate([piece.indices for piece in pieces])
         return Batch(feeds, np.concatenate(labels) if labels else None, indices, padding)
 
     def _stretches(self) -> Iterator[tuple[Part, NDArray[np.int64], NDArray[np.int64]]]:

@@ -5,36 +5,25 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from onnx_optshift.calibration.source import Array, Samples
+from onnx_optshift.calibration.source import Samples
 from onnx_optshift.errors import InputError
 
 
-def split(
-    samples: Samples, fraction: float = 0.2, seed: int = 0, labels: Array | None = None
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Draws the samples that judge while settings are decided; the others fit.
+def split(samples: Samples, fraction: float = 0.2, seed: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Draws a share of the samples (0 to 1, exclusive) to judge while settings are decided; the others fit.
 
     With integer labels every class gives its share, give or take one sample, and keeps at least one sample to fit;
     without, or when no class has two samples, all samples are drawn from alike.
-
-    Args:
-        samples: What to split.
-        fraction: Share of the samples that judges, between 0 and 1.
-        seed: Same seed, same split.
-        labels: Labels to balance by, `[samples]`, such as the model's own argmax; default: the samples' own.
 
     Returns:
         Sample numbers that fit, and that judge, both ascending. A single sample fits, and nothing judges.
 
     Raises:
-        InputError: The fraction is not between 0 and 1, or there is not one label per sample.
+        InputError: The fraction is not between 0 and 1.
     """
-    count = len(samples)
+    count, labels = len(samples), samples.labels
     if not 0 < fraction < 1:
         raise InputError(f"held-out fraction: expected a number between 0 and 1, found {fraction}.")
-    labels = samples.labels if labels is None else np.asarray(labels)
-    if labels is not None and (labels.ndim == 0 or len(labels) != count):
-        raise InputError(f"labels to split by: expected one for each of {count} samples, found {list(labels.shape)}.")
     rng = np.random.default_rng(seed)
     order = rng.permutation(count)
     wanted = min(max(round(count * fraction), 1), count - 1) if count else 0

@@ -14,7 +14,7 @@ import numpy as np
 
 from onnx_optshift.calibration.inputs import InputSpec, describe, fixed_batch, why_feeds
 from onnx_optshift.calibration.shapes import OTHER_SIZES, with_shapes
-from onnx_optshift.calibration.source import Array, Feeds, Part, Samples
+from onnx_optshift.calibration.source import Feeds, Part, Samples
 from onnx_optshift.errors import InputError
 
 # Samples are made when they are needed, this many at a time, so that thousands of images never lie in memory.
@@ -29,11 +29,8 @@ def synthetic(
     Integers stay at 0 and 1 because many models look rows up by them, and an index out of range stops the run.
     Axis 0 numbers the samples. Where it cannot (see `why_feeds`), each sample is a feed, with 1 for a leading symbol.
 
-    Args:
-        inputs: The model's inputs; a size that they leave free is the first of `OTHER_SIZES`.
-        samples: How many samples.
-        seed: Same seed, same samples.
-        shapes: Sizes of all axes, by input name, as for `with_shapes`; a leading size fixes the batch.
+    A size that the inputs leave free is the first of `OTHER_SIZES`, unless `shapes` gives it, as for `with_shapes`; a
+    leading size fixes the batch.
 
     Raises:
         InputError: An input's type or rank cannot be made up, or a shape contradicts the model.
@@ -51,11 +48,10 @@ def synthetic(
             )
     stacked = why_feeds(specs) is None
     rows = _BLOCK if stacked else 1
-    parts = [
-        Part(count, stacked, partial(_make, specs, (seed, start), count if stacked else None))
-        for start in range(0, samples, rows)
-        for count in [min(rows, samples - start)]
-    ]
+    parts = []
+    for start in range(0, samples, rows):
+        count = min(rows, samples - start)
+        parts.append(Part(count, stacked, partial(_make, specs, (seed, start), count if stacked else None)))
     batch = fixed_batch(specs) if stacked else None
     return Samples(parts, source=f"synthetic (seed {seed})", batch=batch, synthetic=True)
 
@@ -77,11 +73,7 @@ def _make(inputs: Sequence[InputSpec], seed: tuple[int, int], rows: int | None) 
         ]
         if rows is not None:
             shape[0] = rows
-        feeds[spec.name] = _values(rng, spec.dtype, tuple(shape))
+        whole = spec.dtype is not None and spec.dtype.kind in "biu"
+        values = rng.integers(0, 2, shape) if whole else rng.standard_normal(shape, dtype=np.float32)
+        feeds[spec.name] = values.astype(spec.dtype)
     return feeds
-
-
-def _values(rng: np.random.Generator, dtype: np.dtype[Any] | None, shape: tuple[int, ...]) -> Array:
-    if dtype is not None and dtype.kind in "biu":
-        return rng.integers(0, 2, shape).astype(dtype)
-    return rng.standard_normal(shape, dtype=np.float32).astype(dtype)
