@@ -35,7 +35,7 @@ BORDERS = {
     "torch": {"capture", "stats", "solve", "quantize", "run", "decide", "diagnose"},
     "onnxruntime": {"capture.session"},
     "onnx_graphsurgeon": {"graph"},
-    "onnx": {"graph", "calibration", "write", "prove.static", "run.prepare", "commands", "api"},
+    "onnx": {"graph", "calibration", "write", "prove.static", "prove.floor", "run.prepare", "commands", "api"},
     "psutil": {"run.budget"},
     "jinja2": {"report.htmlpage"},
     "rich": {"report.terminal", "report.progress"},
