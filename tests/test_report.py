@@ -294,7 +294,7 @@ def test_a_measured_bound_is_never_called_allowed():
 def test_the_chosen_trial_is_marked_and_refusals_have_reasons():
     found = words(AUTO)
     assert found.count("chosen 0.120") == 1
-    assert "2 all layers at residual 0.1 chosen" in found
+    assert "all layers at residual 0.1 chosen" in found
     assert "rejected [1]" in found
     assert "[1] held-out loss rises by 0.07" in found
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable
-from typing import Self
 
 NOTHING = "-"
 # Outside these, powers of ten are easier to read than zeros.
@@ -19,15 +18,20 @@ _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 class Figure(str):
     """A figure in its final form, with its unit: never broken, and to the right in a table.
 
-    `sizes` are what a page draws below it: one bar, or one before and one after.
+    A page may draw below it: `sizes` as one bar, or one before and one after; `curve` as a line, whose x is 0 to 1,
+    and which is marked at the x `mark`.
     """
 
-    sizes: tuple[float | None, ...]
+    sizes: tuple[float | None, ...] = ()
+    curve: tuple[float, ...] = ()
+    mark: float = 0.0
 
-    def __new__(cls, shown: str, *sizes: float | None) -> Self:  # noqa: D102
-        figure = super().__new__(cls, shown)
-        figure.sizes = sizes
-        return figure
+
+def drawn(shown: str, *sizes: float | None, curve: tuple[float, ...] = (), mark: float = 0.0) -> Figure:
+    """A figure with what a page draws below it."""
+    figure = Figure(shown)
+    figure.sizes, figure.curve, figure.mark = sizes, curve, mark
+    return figure
 
 
 class Name(str):
@@ -97,12 +101,12 @@ def change(before: float | None, after: float | None) -> Cell:
         return before
     relative = relative_change(before, after)
     both = f"{number(before)} -> {number(after)}" + f" ({relative})" * bool(relative)
-    return Figure(number(before) if before == after else both, before, after)
+    return drawn(number(before) if before == after else both, before, after)
 
 
 def percent(share: float | None) -> Cell:
     """A share, 0 to 1, as per cent."""
-    return share if share is None or not math.isfinite(share) else Figure(f"{100 * share:.2f} %", share)
+    return share if share is None or not math.isfinite(share) else drawn(f"{100 * share:.2f} %", share)
 
 
 def share_change(before: float, after: float) -> Cell:

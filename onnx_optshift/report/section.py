@@ -1,4 +1,4 @@
-"""What a report consists of, for every renderer: sections of facts, tables, notes and charts.
+"""What a report consists of, for every renderer: sections of facts, tables and notes.
 
 `detail` marks what a page shows always and a terminal only when it is asked for more.
 """
@@ -72,15 +72,7 @@ class Note:
     detail: bool = False
 
 
-@dataclass(frozen=True)
-class ChartOf:
-    """A place for the chart with this key, where the report has figures for it."""
-
-    key: str
-    detail: bool = True
-
-
-Block = Facts | Table | Note | ChartOf
+Block = Facts | Table | Note
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,7 @@ class Section:
     def known(self) -> Section:
         """The section without rows, columns and blocks that say nothing."""
         blocks = [block.known if isinstance(block, (Facts, Table)) else block for block in self.blocks]
-        return replace(self, blocks=[block for block in blocks if isinstance(block, (Note, ChartOf)) or block.rows])
+        return replace(self, blocks=[block for block in blocks if isinstance(block, Note) or block.rows])
 
 
 def look(cell: Cell) -> str:

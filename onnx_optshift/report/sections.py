@@ -17,6 +17,7 @@ from onnx_optshift.report.figures import (
     Name,
     Word,
     change,
+    drawn,
     finite,
     mean_change,
     number,
@@ -24,7 +25,7 @@ from onnx_optshift.report.figures import (
     share_change,
 )
 from onnx_optshift.report.model import DataInfo, LayerReport, Report
-from onnx_optshift.report.section import ChartOf, Fact, Facts, Note, Section, Table, explained, marks
+from onnx_optshift.report.section import Fact, Facts, Note, Section, Table, explained, marks
 from onnx_optshift.report.sections_diagnose import conditions, features, flatness, ranks
 from onnx_optshift.report.sections_evidence import drift, heldout, outputs, quantization, worst_output
 
@@ -162,15 +163,17 @@ def _layers(report: Report) -> Section:
             Name(layer.name),
             f"{operator}, {len(layer.uses)} uses" if len(layer.uses) > 1 else operator,
             Figure(f"{groups}{d} x {m}"),
-            None if layer.rank is None else Figure(f"{layer.rank}/{d}"),
+            _rank(layer),
             change(layer.headline.before, layer.headline.after) if layer.headline else None,
             layer.measured_residual if layer.status == "shifted" else None,
             Word(f"{layer.status} {marked.get(layer.reason, '')}".rstrip()),
         ])
     titles = ["layer", "operator", "d x m", "rank/d", name, "residual", "status"]
     note = (
-        "d x m: inputs and outputs. Rank: input directions that the data uses; the rest are free. Residual: relative "
-        "change of the layer's own output."
+        "d x m: inputs and outputs. Rank: input directions that the data uses; the rest are free. A line shows how "
+        "strongly it uses them, strongest first, on a logarithmic scale down to 1e-6 of the strongest, with the rank "
+        "dashed: a cliff there means that rank and freedom are clear-cut, a slope that they would change with the "
+        "data. Residual: relative change of the layer's own output."
     )
     by_reason: dict[str, list[str]] = {}
     for layer in report.layers:
@@ -178,8 +181,15 @@ def _layers(report: Report) -> Section:
             by_reason.setdefault(layer.reason, []).append(layer.name)
     skips = [Fact(f"{len(names)} skipped", tuple(names), reason) for reason, names in by_reason.items()]
     table = Table(titles, rows, note=note, more="operator", drawn=name)
-    chart = [ChartOf("spectrum")] if rows else []
-    return Section("layers", "Layers", [table, explained(marked, "Why"), *chart, Facts(skips, "Left alone")])
+    return Section("layers", "Layers", [table, explained(marked, "Why"), Facts(skips, "Left alone")])
+
+
+def _rank(layer: LayerReport) -> Cell:
+    """The rank, with the spectrum where that has an end to look at."""
+    if layer.rank is None or layer.d is None:
+        return layer.rank
+    curve = layer.spectrum if layer.rank < layer.d and finite(*layer.spectrum) else ()
+    return drawn(f"{layer.rank}/{layer.d}", curve=curve, mark=layer.rank / layer.d)
 
 
 def _frontier(report: Report) -> Section | None:

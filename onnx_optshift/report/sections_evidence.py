@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 
 from onnx_optshift.report.figures import Cell, Name, Word, change, number, percent, with_error
-from onnx_optshift.report.model import Drift, HeldoutResult, OutputComparison, QuantizationError, Report, Trial
-from onnx_optshift.report.section import ChartOf, Fact, Facts, Note, Section, Table, explained, marks
+from onnx_optshift.report.model import Drift, HeldoutResult, OutputComparison, QuantizationError, Report
+from onnx_optshift.report.section import Fact, Facts, Note, Section, Table, explained, marks
 
 _BOUNDS = {"noise": "allowed by noise", "tolerance": "allowed", "measured": "measured on the trial"}
 
@@ -61,7 +61,7 @@ def heldout(report: Report) -> Section | None:
     if len(result.tried) > 1:
         note += " Data that chooses among trials flatters the chosen one a little."
     decided = Note(_decided(result), "good" if result.accepted else "plain")
-    return Section("heldout", "Held-out data", [decided, Note(note), ChartOf("heldout"), *_trials(result.tried)])
+    return Section("heldout", "Held-out data", [decided, Note(note), *_trials(result)])
 
 
 def _decided(result: HeldoutResult) -> str:
@@ -75,19 +75,24 @@ def _decided(result: HeldoutResult) -> str:
     return f"Accepted by the quantized model, whose output error goes {errors}; the float model's loss goes {loss}."
 
 
-def _trials(tried: tuple[Trial, ...]) -> tuple[Table, Facts]:
-    bits = list(dict.fromkeys(score.bits for trial in tried for score in trial.quantized))
-    marked = marks(trial.reason for trial in tried if not trial.accepted)
-    titles = ["no.", "trial", "result", *(f"error at {b} bits" for b in bits), "loss", "accuracy", "change of loss"]
-    rows: list[list[Cell]] = []
-    for k, trial in enumerate(tried, 1):
+def _trials(result: HeldoutResult) -> tuple[Table, Facts]:
+    """Every trial beside the original, from the smallest tolerance up."""
+    tried, before = result.tried, result.before
+    errors = {score.bits: score.before for score in result.quantized}
+    errors |= {score.bits: score.before for trial in tried for score in trial.quantized}
+    titles = ["trial", "result", *(f"error at {b} bits" for b in errors), "loss", "accuracy", "change of loss"]
+    ordered = sorted(tried, key=lambda trial: trial.tolerance)
+    marked = marks(trial.reason for trial in ordered if not trial.accepted)
+    rows: list[list[Cell]] = [["original", "", *errors.values(), before.loss, percent(before.top1), None]]
+    for trial in ordered:
         accepted = "chosen" if trial.chosen else "accepted"
         word = Word(accepted if trial.accepted else f"rejected {marked[trial.reason]}")
-        errors = {score.bits: score.after for score in trial.quantized}
+        scores = {score.bits: score.after for score in trial.quantized}
         moved = with_error(trial.mean_difference, trial.standard_error)
-        rows.append([k, trial.what, word, *map(errors.get, bits), trial.loss, percent(trial.top1), moved])
+        rows.append([trial.what, word, *map(scores.get, errors), trial.loss, percent(trial.top1), moved])
     is_detail = len(tried) < 2
-    return Table(titles, rows, "Trials", detail=is_detail), explained(marked, detail=is_detail)
+    table = Table(titles, rows if tried else [], "Trials", detail=is_detail, drawn=titles[2])
+    return table, explained(marked, detail=is_detail)
 
 
 def drift(found: Drift | None) -> Section | None:
