@@ -17,6 +17,7 @@ from onnx_optshift.errors import InputError
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile, TensorSpec
 from onnx_optshift.graph.selection import Selection
+from onnx_optshift.graph.tensors import raw_size
 
 
 def saved(proto: onnx.ModelProto, folder: Path, name: str = "model.onnx") -> Path:
@@ -165,6 +166,23 @@ def test_names_that_are_no_text() -> None:
     data = tiny.two_layers().SerializeToString().replace(b"W1", b"\xff1")
     with pytest.raises(InputError, match="UTF-8"):
         ModelFile.load(onnx.ModelProto.FromString(data))
+
+
+def test_names_in_bodies_that_are_no_text() -> None:
+    text = """g (float[N,4] x, bool c) => (float[N,4] y) { y = If(c) <then_branch = t () => (float[N,4] a)
+        { r = Relu(x)  a = Neg(r) }, else_branch = e () => (float[N,4] a) { r = Abs(x)  a = Neg(r) }> }"""
+    data = tiny.model(text).SerializeToString()
+    ModelFile.load(onnx.ModelProto.FromString(data))  # negative control
+    with pytest.raises(InputError, match="utf-8"):
+        ModelFile.load(onnx.ModelProto.FromString(data.replace(b"\x01r", b"\x01\xff")))
+
+
+@pytest.mark.parametrize("kind", sorted(set(helper.get_all_tensor_dtypes()) - {TensorProto.STRING}))
+def test_size_of_raw_data(kind: int) -> None:
+    array = np.zeros(5, helper.tensor_dtype_to_np_dtype(kind))
+    tensor = numpy_helper.from_array(array)
+    assert tensor.data_type == kind
+    assert raw_size(tensor) == len(tensor.raw_data)
 
 
 def test_payload_that_does_not_fit_its_shape() -> None:

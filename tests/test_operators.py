@@ -7,18 +7,22 @@ column with ONNX Runtime or numpy. For recurrent ones it is the outputs of weigh
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
+import coverage_table as coverage
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import tiny_models as tiny
 import torch
+from onnx import numpy_helper
 
 from onnx_optshift.errors import InputError
 from onnx_optshift.geometry import AxisRows, MatrixRows, Tap
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.graph.probes import probe_model
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.stats.moments import InputMoments
@@ -236,7 +240,7 @@ def recurrent(
 
 @pytest.mark.parametrize("op", list(GATES))
 @pytest.mark.parametrize("directions", [1, 2])
-@pytest.mark.parametrize("state", ["", "Z", "s"])
+@pytest.mark.parametrize("state", ["", "Z", "S", "s"])
 @pytest.mark.parametrize("name", ["W", "R"])
 def test_recurrent_weights(op: str, directions: int, state: str, name: str) -> None:
     proto = recurrent(op, directions, ", linear_before_reset=1" if op == "GRU" else "", state=state)
@@ -247,8 +251,9 @@ def test_recurrent_weights(op: str, directions: int, state: str, name: str) -> N
     if state == "s":
         feeds["s"] = tiny.weight(directions, 1, 9, seed=2)
     y, h = run(proto, feeds)
-    rows = rows_of(weight, feeds | {"y": y})
-    expected = (1, 3, 6) if name == "W" else (directions, 4 if state == "s" else 3, 9)
+    constants = {tensor.name: numpy_helper.to_array(tensor).copy() for tensor in proto.graph.initializer}
+    rows = rows_of(weight, feeds | {"y": y} | constants)
+    expected = (1, 3, 6) if name == "W" else (directions, 4 if state else 3, 9)
     assert rows.shape == expected
     assert weight.groups * weight.m == directions * GATES[op] * 9
     projectors = null_projectors(rows)
@@ -264,11 +269,26 @@ def test_recurrent_weights(op: str, directions: int, state: str, name: str) -> N
     assert moved["outside"] > 1e-2
 
 
+def test_a_constant_initial_state_may_lie_in_an_external_file(tmp_path: Path) -> None:
+    path = tiny.save_external(recurrent("LSTM", 1, state="S"), tmp_path / "model.onnx", {"S": "s.data"})
+    weights, skips = discover(ModelFile.load(path), Selection())
+    assert [weight.name for weight in weights] == ["W", "R"]
+    assert [use.tap.value for use in weights[1].uses] == ["y", "S"]
+    assert not skips
+
+
+def with_default(proto: onnx.ModelProto, name: str) -> onnx.ModelProto:
+    """The model with an initializer that may be fed."""
+    shape = next(tensor.dims for tensor in proto.graph.initializer if tensor.name == name)
+    proto.graph.input.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape))
+    return proto
+
+
 @pytest.mark.parametrize(
     ("proto", "reason"),
     [
         (recurrent("GRU", 1), "resets the state"),
-        (recurrent("LSTM", 1, state="S"), "initial state is a constant"),
+        (with_default(recurrent("LSTM", 1, state="S"), "S"), "the constant 'S' that it meets cannot be captured"),
         (recurrent("LSTM", 1, outputs=", h"), "does not output its hidden states"),
         (recurrent("RNN", 1, ", layout=1"), "layout 1"),
     ],
@@ -279,29 +299,27 @@ def test_recurrent_weights_whose_input_is_unknown(proto: onnx.ModelProto, reason
     assert reason in skips["R"]
 
 
-def attention(hidden: int = 4) -> onnx.ModelProto:
-    text = f"g (float[1,3,{hidden}] x) => (float y) {{ y = com.microsoft.Attention<num_heads=2>(x, W, b) }}"
-    tensors = {"W": tiny.weight(hidden, 3 * hidden), "b": tiny.weight(3 * hidden)}
-    return tiny.model(text, tensors, imports=', "com.microsoft":1')
-
-
-def test_attention_projections() -> None:
-    proto = attention(hidden=8)
+@pytest.mark.parametrize("layer", list(coverage.layers()), ids=lambda layer: f"{layer.operator}, {layer.orientation}")
+def test_every_row_of_the_coverage_table_leaves_its_freedom(layer: coverage.Layer) -> None:
+    """Moved inside the freedom, the weight of a layer that is shifted gives the same outputs; outside, others."""
+    proto = coverage.plain_model(layer, "float32")
     weights, skips = find(proto)
-    assert not skips
-    weight, x = weights["W"], tiny.weight(1, 3, 8, seed=1)
-    assert (weight.groups, weight.d, weight.m) == (1, 8, 24)
-    rows = rows_of(weight, {"x": x})
-    projectors = null_projectors(rows)
-    random = np.random.default_rng(3).standard_normal((1, 8, 24))
+    if "W" not in weights:
+        assert "shifted" not in coverage.main_graph(layer, "float32"), skips
+        return
+    weight, feeds = weights["W"], {"x": tiny.weight(*layer.x, seed=1)}
     model = ModelFile.load(proto)
-    y = run(proto, {"x": x})[0]
-    inside, outside = (
-        run(patched(model, {"W": (model.initializer("W") + matrix[0]).astype(np.float32)}), {"x": x})[0]
-        for matrix in (projectors @ random, random - projectors @ random)
-    )
-    assert np.abs(inside - y).max() < 1e-5
-    assert np.abs(outside - y).max() > 1e-2
+    captured = onnx.ModelProto.FromString(probe_model(model, [use.tap for use in weight.uses]))
+    names = [output.name for output in captured.graph.output]
+    rows = rows_of(weight, feeds | dict(zip(names, run(captured, feeds), strict=True)))
+    projectors = null_projectors(rows)
+    random = np.random.default_rng(3).standard_normal((weight.groups, weight.d, weight.m))
+    y, moved = run(proto, feeds, ["y"])[0], {}
+    for where, matrix in (("inside", projectors @ random), ("outside", random - projectors @ random)):
+        array = (model.initializer("W") + weight.form.from_matrix(matrix)).astype(np.float32)
+        moved[where] = float(np.abs(run(patched(model, {"W": array}), feeds, ["y"])[0] - y).max())
+    assert moved["inside"] < 2e-5
+    assert moved["outside"] > 1e-2
 
 
 QUANTIZED = {

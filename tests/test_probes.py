@@ -107,3 +107,20 @@ def test_unknown_names() -> None:
         probe_model(model, ["hh"])
     with pytest.raises(InputError, match="no initializer 'W3'"):
         probe_model(model, (), ["W3"])
+
+
+def test_constants_become_outputs_wherever_they_are(tmp_path: Path) -> None:
+    """Of the main graph (where the data may be external) and of a body."""
+    text = """g (float[2,4] x, bool c) => (float[2,4] y) { h = Add(x, A)
+        y = If(c) <then_branch = t () => (float[2,4] a) { a = Add(h, B) }, else_branch = e () => (float[2,4] b)
+            { b = Identity(h) }> }"""
+    arrays = {name: tiny.weight(2, 4, seed=seed) for seed, name in enumerate("AB")}
+    proto = tiny.model(text, {"A": arrays["A"]})
+    body = next(attribute.g for attribute in proto.graph.node[1].attribute if attribute.name == "then_branch")
+    body.initializer.append(numpy_helper.from_array(arrays["B"], "B"))
+    model = ModelFile.load(tiny.save_external(proto, tmp_path / "m.onnx", {"A": "a.data"}))
+    run = session(probe_model(model, ["A", "B"]), tmp_path)
+    y, a, b = run.run(None, {"x": X[:2], "c": np.array(True)})
+    assert np.array_equal(a, arrays["A"])
+    assert np.array_equal(b, arrays["B"])
+    assert np.allclose(y, X[:2] + arrays["A"] + arrays["B"])

@@ -80,6 +80,7 @@ def layers() -> Iterator[Layer]:
     yield Layer(
         "FusedMatMul", "transBatchB", "y = com.microsoft.FusedMatMul<transBatchB=1>(x, W)", (6, 2, 6), (6, 6, 4)
     )
+    yield Layer("TransposeMatMul", "transA", "t = Transpose(x)  y = com.microsoft.TransposeMatMul<transA=1>(t, W)")
     yield Layer("Conv", "one axis", "y = Conv(x, W)", (1, 4, 5), (3, 4, 3))
     yield Layer("Conv", "two axes", "y = Conv(x, W)", (1, 4, 3, 3), (3, 4, 2, 2))
     yield Layer("Conv", "three axes", "y = Conv(x, W)", (1, 4, 2, 2, 2), (3, 4, 2, 2, 2))
@@ -94,6 +95,28 @@ def layers() -> Iterator[Layer]:
     )
     yield Layer("ConvTranspose", "any", "y = ConvTranspose<strides=[2,2]>(x, W)", _IMAGE, (9, 3, 2, 2))
     yield Layer("ConvTranspose", "groups", "y = ConvTranspose<group=2>(x, W)", (1, 10, 2, 2), (10, 3, 2, 2))
+    yield Layer(
+        "ConvTransposeWithDynamicPads",
+        "any",
+        "p = Constant<value=int64[4] {0, 1, 1, 0}>()  y = com.microsoft.ConvTransposeWithDynamicPads(x, W, p)",
+        _IMAGE,
+        (9, 3, 2, 2),
+    )
+    yield Layer(
+        "CausalConvWithState",
+        "one axis",
+        "y, s = com.microsoft.CausalConvWithState<dilation=2>(x, W)",
+        (1, 4, 3),
+        (4, 1, 5),
+    )
+    yield Layer(
+        "CausalConvWithState",
+        "goes on from a state",
+        "y, s = com.microsoft.CausalConvWithState(x, W, , S)",
+        (1, 4, 3),
+        (4, 1, 5),
+        more=(("S", (1, 4, 4)),),
+    )
     yield Layer("Einsum", "one axis contracted", 'y = Einsum<equation="nsd,dh->nsh">(x, W)', _SEQUENCE)
     yield Layer("Einsum", "several axes contracted", 'y = Einsum<equation="nhd,hdm->nm">(x, W)', (2, 2, 3), (2, 3, 4))
     yield Layer(
@@ -115,6 +138,14 @@ def layers() -> Iterator[Layer]:
         _SEQUENCE,
         (1, 18, 6),
         more=(("R", (1, 18, 6)),),
+    )
+    yield Layer(
+        "LSTM",
+        "recurrent weights R, from a constant state",
+        "y, h = LSTM<hidden_size=6>(x, R, W, , , S)",
+        _SEQUENCE,
+        (1, 24, 6),
+        more=(("R", (1, 24, 6)), ("S", (1, 1, 6))),
     )
     yield Layer(
         "LSTM",
@@ -205,6 +236,12 @@ def _tensors(layer: Layer, dtype: str) -> list[onnx.TensorProto]:
     return found
 
 
+def plain_model(layer: Layer, dtype: str) -> onnx.ModelProto:
+    """The layer alone, in the main graph."""
+    text = DTYPES[dtype][1]
+    return _model(layer.text, _tensors(layer, dtype), f"{text}{list(layer.x)} x) => ({text} y")
+
+
 def main_graph(layer: Layer, dtype: str) -> str:
     """What becomes of a layer's weight in the main graph, by running the pass.
 
@@ -213,14 +250,13 @@ def main_graph(layer: Layer, dtype: str) -> str:
     """
     number, text, _ = DTYPES[dtype]
     shape, names = list(layer.x), ["W", *(name for name, _ in layer.more)]
-    plain = _model(layer.text, _tensors(layer, dtype), f"{text}{shape} x) => ({text} y".replace("'", ""))
     casts = "  ".join(
         f"{name}_f = Cast<to=1>({name})" for name in ("x", *names) if not (layer.quantized and name == "W")
     )
     cast_text = _renamed(layer.text, [name for name in ("x", *names) if not (layer.quantized and name == "W")])
     body = f"{casts}  {cast_text}  y = Cast<to={number}>(y_f)"
     casted = _model(body, _tensors(layer, dtype), f"{text}{shape} x) => ({text} y")
-    for model, suffix in ((plain, ""), (casted, ", computed in float32")):
+    for model, suffix in ((plain_model(layer, dtype), ""), (casted, ", computed in float32")):
         found = _discovered(model)
         if found != "shifted":
             return found

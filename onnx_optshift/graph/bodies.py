@@ -47,7 +47,7 @@ def unique_names(main: onnx.GraphProto) -> list[dict[str, str]]:
 
     A name stays where no other graph uses it, and in the main graph; else it gets a number: `NAME#1`.
     """
-    defined = [list(dict.fromkeys(_defined(graph))) for graph in graphs(main)]
+    defined = [_defined(graph) for graph in graphs(main)]
     counts = Counter(name for names in defined for name in names)
     taken = set(counts)
     result = [{name: name for name in defined[0]}]
@@ -110,11 +110,9 @@ def expose(main: onnx.GraphProto, wanted: Mapping[str, Inside]) -> None:
 
     def nothing(body: onnx.GraphProto, value: str) -> str:
         """What the other branch of an If hands out: no rows, of the same element type."""
-        name = fresh(value)
         empty = onnx.TensorProto(data_type=element_types[value], dims=[0], raw_data=b"")
-        node = body.node.add(op_type="Constant", output=[name])
-        node.attribute.append(onnx.helper.make_attribute("value", empty))
-        return name
+        body.node.append(onnx.helper.make_node("Constant", [], [fresh(value)], value=empty))
+        return str(body.node[-1].output[0])
 
     def into(graph: onnx.GraphProto) -> dict[str, str]:
         """Adds outputs to bodies and to the nodes that own them; gives the names that wanted values now have here."""
@@ -135,27 +133,20 @@ def expose(main: onnx.GraphProto, wanted: Mapping[str, Inside]) -> None:
             for attribute in node.attribute:
                 if attribute.name in ("scan_output_axes", "scan_output_directions"):
                     attribute.ints.extend([0] * len(every))
-        for value in dict.fromkeys(_computed(graph)) if graph is not main else ():
-            if value in tops:
-                # A copy: the value may be an input of the body, or among its outputs already.
-                here[value] = fresh(value)
-                graph.node.add(op_type="Identity", input=[value], output=[here[value]])
+        for value in [value for value in _defined(graph) if value in tops and graph is not main]:
+            # A copy: the value may be an input of the body, or among its outputs already.
+            here[value] = fresh(value)
+            graph.node.add(op_type="Identity", input=[value], output=[here[value]])
         return here
 
     into(main)
 
 
-def _computed(graph: onnx.GraphProto) -> Iterator[str]:
-    """Values that a graph gets or computes."""
-    yield from (value.name for value in graph.input)
-    for node in graph.node:
-        yield from (name for name in node.output if name)
-
-
-def _defined(graph: onnx.GraphProto) -> Iterator[str]:
-    yield from _computed(graph)
-    yield from (tensor.name for tensor in graph.initializer)
-    yield from (tensor.values.name for tensor in graph.sparse_initializer)
+def _defined(graph: onnx.GraphProto) -> list[str]:
+    """Values that a graph gets, computes or holds."""
+    names = [value.name for value in graph.input] + [name for node in graph.node for name in node.output if name]
+    names += [tensor.name for tensor in graph.initializer] + [part.values.name for part in graph.sparse_initializer]
+    return list(dict.fromkeys(names))
 
 
 def rename(graph: onnx.GraphProto, scopes: Iterator[Mapping[str, str]], outer: Mapping[str, str]) -> None:

@@ -71,6 +71,8 @@ class _Finder:
         self._model = model
         self._scopes = model.scopes
         self._values = self._scopes.values()
+        # Those of sparse tensors cannot be handed out, nor what may be fed but is not.
+        self._capturable = model.tensors.keys() - {value.name for value in model.flat.graph.input}
         self._integers = partial(constant_integers, model.tensors)
         self._position = {id(node): index for index, node in enumerate(self._scopes.nodes)}
         self._reached: set[tuple[int, int]] = set()  # (id of a linear node, operand)
@@ -159,7 +161,10 @@ class _Finder:
             return f"inside {place(around)}, which cannot be inlined"
         uses = []
         for use in match.uses:
-            owners, tap = self._scopes.owners(self._values[use.tap.value]), use.tap
+            tap, value = use.tap, self._values[use.tap.value]
+            owners = self._scopes.owners(value)
+            if isinstance(value, gs.Constant) and value.name not in self._capturable:
+                return f"the constant {value.name!r} that it meets cannot be captured"
             closed = [owner for owner in owners if not can_expose(owner.op, owner.domain, self._model.opset)]
             if closed:
                 return f"inside {place(around)}: {closed[0].op} does not hand out what flows there"

@@ -65,21 +65,20 @@ class ModelFile:
             InputError: It cannot be read, is not ONNX, is damaged, too new, or its external data is not in place.
         """
         if isinstance(source, onnx.ModelProto):
-            path, where, proto = None, "the model object", source
-            with _refusing(f"{where}: cannot be serialized", "Above 2 GiB, save it as external data and give its path"):
+            path, folder, proto = None, None, source
+            advice = "Above 2 GiB, save it with external data and give its path"
+            with _refusing("the model object: cannot be serialized", advice):
                 data = bytes(proto.SerializeToString())
         else:
             path = Path(source)
-            where, data, proto = str(path), _read(path), onnx.ModelProto()
-            with _refusing(f"{where}: not an ONNX model, or cut short", "Give a complete .onnx file"):
+            folder, data, proto = path.parent, _read(path), onnx.ModelProto()
+            with _refusing(f"{path}: not an ONNX model, or cut short", "Give a complete .onnx file"):
                 proto.ParseFromString(data)
-        digest = hashlib.sha256(data).hexdigest()
-        _check_header(proto, where)
-        folder = path.parent if path is not None else None
         external = [locate(tensor, folder).length for tensor in all_tensors(proto) if is_external(tensor)]
+        model = cls(path, proto, folder, hashlib.sha256(data).hexdigest(), len(data) + sum(external))
+        model._check_header()
         # By path when there is external data: the checker then finds it, and no second copy of the file is made.
-        _check(str(path) if external else _with_graph_name(data, proto), where)
-        model = cls(path, proto, folder, digest, len(data) + sum(external))
+        model._check(str(path) if external else data)
         model._check_names()  # imports the graph too: one that cannot be read is an error of the file
         return model
 
@@ -91,7 +90,9 @@ class ModelFile:
     @property
     def opset(self) -> int:
         """Version of the standard operators; 0 when the model imports none of them."""
-        return _opset(self.proto)
+        if self.ir_version < 3:
+            return 1  # before opset imports existed
+        return max((entry.version for entry in self.proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
 
     @property
     def ir_version(self) -> int:
@@ -156,13 +157,36 @@ class ModelFile:
             return inline_array(tensor)
         return payload(tensor, self.folder).view(stored_dtype(tensor)).reshape(tuple(tensor.dims))
 
+    def _check_header(self) -> None:
+        if not self.proto.HasField("graph"):
+            raise InputError(f"{self.where}: not an ONNX model: it has no graph. Give a complete model.")
+        newest = {"IR version": int(onnx.IR_VERSION), "opset": onnx.defs.onnx_opset_version()}
+        for what, version in (("IR version", self.ir_version), ("opset", self.opset)):
+            if version > newest[what]:
+                raise InputError(
+                    f"{self.where}: {what} {version} is newer than {newest[what]}, the newest that onnx "
+                    f"{onnx.__version__} supports. Update onnx, or export the model with an older version."
+                )
+
+    def _check(self, content: bytes | str) -> None:
+        if isinstance(content, bytes) and not self.proto.graph.name:
+            # The checker asks for a name of the graph, which no runtime does. Protobuf reads this as one message.
+            content += onnx.ModelProto(graph=onnx.GraphProto(name="unnamed")).SerializeToString()
+        with _refusing(f"{self.where}: the ONNX checker refuses the model", "Export the model again"):
+            try:
+                onnx.checker.check_model(content)
+            except Exception as error:
+                if not any(known in str(error) for known in _LEFT_TO_THE_RUNTIME):
+                    raise
+                _logger.info("%s: left to the runtime: %s", self.where, _short(error))
+
     def _check_names(self) -> None:
-        # Protobuf hands out bytes for what is not UTF-8.
         nodes = self.scopes.nodes
         names = [value.name for node in nodes for value in (node, *node.inputs, *node.outputs)]
         names += [text for node in nodes for text in (node.op, node.domain)]
         for graph in graphs(self.flat.graph):
             names += [part.name for part in (*graph.input, *graph.output, *graph.initializer)]
+        # Protobuf hands out bytes for what is not UTF-8.
         wrong = next((name for name in names if not isinstance(name, str)), None)
         if wrong is not None:
             raise InputError(
@@ -188,44 +212,6 @@ def _read(path: Path) -> bytes:
     if not data:
         raise InputError(f"{path}: the file is empty. Give the path of an ONNX model.")
     return data
-
-
-def _opset(proto: onnx.ModelProto) -> int:
-    if proto.ir_version < 3:
-        return 1  # before opset imports existed
-    return max((entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx")), default=0)
-
-
-def _check_header(proto: onnx.ModelProto, where: str) -> None:
-    if not proto.HasField("graph"):
-        raise InputError(f"{where}: not an ONNX model: it has no graph. Give a complete model.")
-    newest_opset = onnx.defs.onnx_opset_version()
-    versions = (("IR version", proto.ir_version, int(onnx.IR_VERSION)), ("opset", _opset(proto), newest_opset))
-    for what, version, newest in versions:
-        if version > newest:
-            raise InputError(
-                f"{where}: {what} {version} is newer than {newest}, the newest that onnx {onnx.__version__} supports. "
-                "Update onnx, or export the model with an older version."
-            )
-
-
-def _with_graph_name(data: bytes, proto: onnx.ModelProto) -> bytes:
-    """What the checker gets to see: it asks for a name of the graph, which no runtime does."""
-    if proto.graph.name:
-        return data
-    name = onnx.ModelProto()
-    name.graph.name = "unnamed"
-    return data + bytes(name.SerializeToString())  # protobuf reads this as one message
-
-
-def _check(model: bytes | str, where: str) -> None:
-    with _refusing(f"{where}: the ONNX checker refuses the model", "Export the model again"):
-        try:
-            onnx.checker.check_model(model)
-        except Exception as error:
-            if not any(known in str(error) for known in _LEFT_TO_THE_RUNTIME):
-                raise
-            _logger.info("%s: left to the runtime: %s", where, _short(error))
 
 
 def _short(error: Exception) -> str:

@@ -8,7 +8,7 @@ from typing import Final
 import onnx_graphsurgeon as gs
 
 from onnx_optshift.geometry import WeightForm
-from onnx_optshift.graph import conv, einsum, matmul, recurrent
+from onnx_optshift.graph import causal_conv, conv, einsum, matmul, recurrent
 from onnx_optshift.graph.weights import MICROSOFT, Match, Matcher
 
 QUANTIZED: Final = "already quantized"
@@ -55,10 +55,13 @@ OPERATORS: Final[dict[tuple[str, str], Operator]] = {
     (MICROSOFT, "FusedGemm"): Operator((0, 1), matmul.match_matrix),
     ("", "MatMul"): Operator((0, 1), matmul.match),
     (MICROSOFT, "FusedMatMul"): Operator((0, 1), matmul.match),
+    (MICROSOFT, "TransposeMatMul"): Operator((0, 1), matmul.match),
     (MICROSOFT, "Attention"): Operator((1,), matmul.match_matrix),
     ("", "Conv"): Operator((1,), conv.match),
     (MICROSOFT, "FusedConv"): Operator((1,), conv.match),
     ("", "ConvTranspose"): Operator((1,), conv.match_transposed),
+    (MICROSOFT, "ConvTransposeWithDynamicPads"): Operator((1,), conv.match_transposed),
+    (MICROSOFT, "CausalConvWithState"): Operator((1,), causal_conv.match),
     ("", "Einsum"): Operator(einsum.OPERANDS, einsum.match),
     **{("", op): Operator((1, 2), recurrent.match) for op in ("LSTM", "GRU", "RNN")},
     **{name: Operator(operands, reason=QUANTIZED) for name, operands in _QUANTIZED_OPERANDS.items()},
@@ -67,7 +70,6 @@ OPERATORS: Final[dict[tuple[str, str], Operator]] = {
     (MICROSOFT, "PackedAttention"): Operator((1,)),
     (MICROSOFT, "LongformerAttention"): Operator((1,)),
     (MICROSOFT, "DecoderAttention"): Operator((2, 3)),
-    (MICROSOFT, "ConvTransposeWithDynamicPads"): Operator((1,)),
     (MICROSOFT, "GemmFastGelu"): Operator((1,)),
     (MICROSOFT, "GemmFloat8"): Operator((0, 1)),
 }

@@ -33,11 +33,13 @@ def probe_model(model: ModelFile, values: Sequence[str | Tap], overridable: Sequ
     known = inputs | {value.name for value in graph.output}
     inside = {tap.value: tap.inside for tap in values if isinstance(tap, Tap) and tap.inside is not None}
     computed = {output for node in graph.node for output in node.output} | inside.keys()
+    wanted = [tap.value if isinstance(tap, Tap) else tap for tap in values]
+    constants = [name for name in wanted if name in model.tensors and name not in computed]
     extra = onnx.ModelProto()
-    for name in dict.fromkeys(tap.value if isinstance(tap, Tap) else tap for tap in values):
+    for name in dict.fromkeys(wanted):
         if name in known:
             continue
-        if name not in computed:
+        if name not in computed and name not in constants:
             raise InputError(f"{model.where}: no value {name!r} in the main graph.{closest(name, sorted(computed))}")
         extra.graph.output.add(name=name)  # without a type: the runtime infers it
     for name in dict.fromkeys(overridable):
@@ -47,7 +49,7 @@ def probe_model(model: ModelFile, values: Sequence[str | Tap], overridable: Sequ
     try:
         # Protobuf reads a message followed by another as their merge: lists are appended. So the additions are
         # appended as bytes, and a model of gigabytes is not copied first.
-        return bytes(_base(model, inside, overridable).SerializeToString() + extra.SerializeToString())
+        return bytes(_base(model, inside, [*overridable, *constants]).SerializeToString() + extra.SerializeToString())
     except (ValueError, MemoryError) as error:
         raise InputError(
             f"{model.where}: cannot be serialized in memory ({error}). Save the model with external data."

@@ -10,7 +10,6 @@ is enough.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from onnx_optshift.geometry import MatrixRows, Reshape, WeightForm
@@ -41,10 +40,7 @@ def _recurrent(node: gs.Node, form: WeightForm) -> Match | str:
     if not states:
         return "recurrent weights: the node does not output its hidden states (Y)"
     initial = operand_of(node, _INITIAL_STATE)
-    if isinstance(initial, gs.Constant):
-        if np.any(initial.values):
-            return "recurrent weights: the initial state is a constant, which is not captured"
-    elif initial is not None:
+    if initial is not None:
         states.append(initial)
     # Y is [steps, dirs, batch, H] and the initial state [dirs, batch, H]: a direction's rows for each of its matrices.
     rows = MatrixRows(batch=(directions,)) if directions > 1 else MatrixRows()

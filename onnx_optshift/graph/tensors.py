@@ -28,7 +28,7 @@ FLOAT_TYPES: Final[dict[int, str]] = {
 }
 _TYPE_NAMES: Final[dict[int, str]] = {n: name.lower() for name, n in onnx.TensorProto.DataType.items()} | FLOAT_TYPES
 # Types that share bytes when stored: numpy has no such thing, so ml_dtypes spends a whole byte on each.
-_PACKED_BITS: Final = {"int4": 4, "uint4": 4, "float4e2m1": 4, "int2": 2, "uint2": 2}
+_PACKED_BITS: Final = {"int4": 4, "uint4": 4, "float4e2m1": 4, "int2": 2, "uint2": 2, "float6e2m3": 6, "float6e3m2": 6}
 # Where a payload can be; everything else in a TensorProto describes it.
 PAYLOAD_FIELDS: Final = (
     "raw_data", "float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data",
