@@ -10,9 +10,8 @@ Both are plain data without tensors: the only language that the ONNX side (`grap
 
 from __future__ import annotations
 
-import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,41 +19,28 @@ from numpy.typing import NDArray
 
 @dataclass(frozen=True)
 class MatrixRows:
-    """Rows read off a matrix operand X `[..., n, d]` (or `[..., d, n]`): MatMul and Gemm.
+    """Rows read off a matrix operand X `[..., n, d]` (or `[..., d, n]`): MatMul and Gemm."""
 
-    Attributes:
-        feature_axis: -1 when the features are X's last axis (`X @ W`), -2 when they are the one before
-            (`W @ X`, Gemm with transA). A 1-D X is one row either way.
-        batch: Leading shape of a batched weight: each of its matrices meets only its own slice of X.
-            `()` when all leading axes of X are simply more rows.
-        scale: Factor on the rows (Gemm's alpha). It matters only when uses with different factors are stacked.
-    """
-
+    # -1 when the features are X's last axis (`X @ W`), -2 when they are the one before (`W @ X`, Gemm with transA). A
+    # 1-D X is one row either way.
     feature_axis: int = -1
+    # Leading shape of a batched weight: each of its matrices meets only its own slice of X. Empty when all leading axes
+    # of X are simply more rows.
     batch: tuple[int, ...] = ()
+    # Factor on the rows (Gemm's alpha). It matters only when uses with different factors are stacked.
     scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class PatchRows:
-    """Rows read off an image X `[N, C, *spatial]`: one im2col patch `[C/g * prod(kernel)]` per output position.
+    """Rows read off an image X `[N, C, *spatial]`: one im2col patch `[C/g * prod(kernel)]` per output position."""
 
-    Attributes:
-        kernel: Spatial kernel shape.
-        strides: One per spatial axis.
-        dilations: One per spatial axis.
-        pads: ONNX order, begins then ends; ignored unless `auto_pad` is NOTSET.
-        auto_pad: NOTSET, VALID, SAME_UPPER or SAME_LOWER.
-        group: Number of channel groups; each is its own problem.
-        scale: Factor on the rows.
-    """
-
-    kernel: tuple[int, ...]
-    strides: tuple[int, ...]
+    kernel: tuple[int, ...]  # its spatial shape
+    strides: tuple[int, ...]  # one per spatial axis, as are the dilations
     dilations: tuple[int, ...]
-    pads: tuple[int, ...]
-    auto_pad: str = "NOTSET"
-    group: int = 1
+    pads: tuple[int, ...]  # ONNX order, begins then ends; ignored unless `auto_pad` is NOTSET
+    auto_pad: str = "NOTSET"  # or VALID, SAME_UPPER, SAME_LOWER
+    group: int = 1  # channel groups, each its own problem
     scale: float = 1.0
 
     def pads_for(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
@@ -79,16 +65,10 @@ class PatchRows:
 
 @dataclass(frozen=True)
 class AxisRows:
-    """Rows read off any tensor X along chosen axes: an Einsum that contracts several axes, or not the last one.
+    """Rows read off any tensor X along chosen axes: an Einsum that contracts several axes, or not the last one."""
 
-    Attributes:
-        features: Axes that make up a row, the slowest first; negative ones count from the end.
-        groups: Axes that number the independent problems, in the same way. All other axes are more rows.
-        scale: Factor on the rows.
-    """
-
-    features: tuple[int, ...]
-    groups: tuple[int, ...] = ()
+    features: tuple[int, ...]  # axes that make up a row, the slowest first; negative ones count from the end
+    groups: tuple[int, ...] = ()  # axes that number the independent problems; all other axes are more rows
     scale: float = 1.0
 
 
@@ -97,55 +77,30 @@ RowForm = MatrixRows | PatchRows | AxisRows
 
 @dataclass(frozen=True)
 class Inside:
-    """Where a value lies that only exists while a body of If, Loop or Scan runs.
+    """Where a value lies that only exists while a body of If, Loop or Scan runs."""
 
-    Attributes:
-        value: Its name there.
-        element_type: Of its elements, by ONNX type number.
-        loops: Loop and Scan nodes around it. Handed out, its activation has as many axes in front, which count
-            iterations; where a branch of an If was not taken it is empty, of any shape.
-    """
-
-    value: str
-    element_type: int
+    value: str  # its name there
+    element_type: int  # of its elements, by ONNX type number
+    # Loop and Scan nodes around it. Handed out, its activation has as many axes in front, which count iterations; where
+    # a branch of an If was not taken it is empty, of any shape.
     loops: int
 
 
 @dataclass(frozen=True)
 class Tap:
-    """The identity of "an input": a graph value read in one way. Layers with equal taps share one statistic.
+    """The identity of "an input": a graph value read in one way. Layers with equal taps share one statistic."""
 
-    Attributes:
-        value: Name of the graph value; for one inside a body, the name under which it is handed out of there.
-        form: How its activation becomes rows.
-        groups: g, the number of independent problems.
-        width: d, the length of a row.
-        inside: Where the value lies when it is not in the main graph.
-    """
-
-    value: str
-    form: RowForm
-    groups: int
-    width: int
-    inside: Inside | None = None
+    value: str  # name of the graph value; for one inside a body, the name under which it is handed out of there
+    form: RowForm  # how its activation becomes rows
+    groups: int  # g, the number of independent problems
+    width: int  # d, the length of a row
+    inside: Inside | None = None  # where the value lies when it is not in the main graph
 
     @property
     def key(self) -> str:
         """One line of ASCII text: the same for equal taps in every process, another for every other tap."""
-        return json.dumps(_plain(self), separators=(",", ":"))
-
-
-def _plain(part: Tap | RowForm | Inside) -> list[object]:
-    """The name and the fields of a part of a tap; floats by their bits, which no formatting can change."""
-    result: list[object] = [type(part).__name__]
-    for field in fields(part):
-        value = getattr(part, field.name)
-        if isinstance(value, RowForm | Inside):
-            value = _plain(value)
-        elif field.name == "scale":
-            value = (float(value) + 0.0).hex()  # -0.0 equals 0.0
-        result.append(value)
-    return result
+        # Equal numbers may be written in several ways (1, 1.0; 0.0, -0.0): as one.
+        return ascii(replace(self, form=replace(self.form, scale=float(self.form.scale) + 0.0)))
 
 
 @dataclass(frozen=True)
