@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, TypeGuard
 
 from onnx_optshift.errors import InputError, closest
 
@@ -14,7 +14,8 @@ OBJECTIVES = ("norm", "range", "curvature")
 RANGE_SCOPES = ("channel", "tensor")
 MOST_BITS = 8
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
-_AUTO: Literal["auto"] = "auto"
+# The smallest whole number that a field takes, where that is not 1.
+_LEAST = {"stochastic": 0, "seed": 0}
 
 
 @dataclass(frozen=True)
@@ -93,30 +94,24 @@ class Settings:
     max_drift: float | None = None
 
     def __post_init__(self) -> None:
-        tolerance = _tolerance(self.tolerance)
-        self._replace("tolerance", tolerance)
-        if self.objective not in OBJECTIVES:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "bool" and not isinstance(value, bool):
+                raise InputError(f"{field.name}: expected True or False, found {value!r}.")
+            if field.type == "int" or (field.type == "int | None" and value is not None):
+                value = _integer(field.name, value, _LEAST.get(field.name, 1))
+            elif field.type == "tuple[str, ...]":
+                value = _texts(field.name, value)
+            # The one way to normalise a field of a frozen dataclass while it is being made.
+            object.__setattr__(self, field.name, value)
+        object.__setattr__(self, "tolerance", _tolerance(self.tolerance))
+        if self.stochastic is not None and self.tolerance != 0:
             raise InputError(
-                f"objective: {self.objective!r} is not known. Take one of {_listed(OBJECTIVES)}."
-                f"{closest(str(self.objective), list(OBJECTIVES))}"
-            )
-        for name, least in (
-            ("stochastic", 0),
-            ("flatness", 1),
-            ("batch_size", 1),
-            ("max_samples", 1),
-            ("max_memory", 1),
-        ):
-            if getattr(self, name) is not None:
-                self._replace(name, _integer(name, getattr(self, name), least))
-        self._replace("seed", _integer("seed", self.seed, 0))
-        if self.stochastic is not None and tolerance != 0:
-            raise InputError(
-                f"stochastic and tolerance {tolerance} contradict each other: the stochastic form is exact on its "
+                f"stochastic and tolerance {self.tolerance} contradict each other: the stochastic form is exact on its "
                 "batch. Give one of them."
             )
-        for name in ("nodes_to_include", "nodes_to_exclude", "op_types", "providers"):
-            self._replace(name, _texts(name, getattr(self, name)))
+        _check_known("objective", self.objective, OBJECTIVES)
+        _check_known("range_scope", self.range_scope, RANGE_SCOPES, "; for blocks give range_block")
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise InputError(
                 f"device: expected auto, cpu, cuda or cuda:N with a device number N, found {self.device!r}."
@@ -125,47 +120,39 @@ class Settings:
         if not isinstance(self.labels, str) or not self.labels:
             raise InputError(f"labels: expected the name of an array, found {self.labels!r}.")
         bits = (self.quantization_bits,) if isinstance(self.quantization_bits, int) else tuple(self.quantization_bits)
-        self._replace("quantization_bits", tuple(_integer("quantization_bits", value, 2) for value in bits))
+        object.__setattr__(self, "quantization_bits", tuple(_integer("quantization_bits", b, 2) for b in bits))
         if any(value > MOST_BITS for value in self.quantization_bits):
             raise InputError(f"quantization_bits: expected numbers from 2 to {MOST_BITS}, found {bits!r}.")
-        if self.range_scope not in RANGE_SCOPES:
-            raise InputError(
-                f"range_scope: {self.range_scope!r} is not known. Take one of {_listed(RANGE_SCOPES)}; for blocks give "
-                f"range_block.{closest(str(self.range_scope), list(RANGE_SCOPES))}"
-            )
-        if self.range_block is not None:
-            self._replace("range_block", _integer("range_block", self.range_block, 1))
-        if self.max_drift is not None and (not _is_number(self.max_drift) or not self.max_drift >= 0):
+        if self.max_drift is not None and not _in_range(self.max_drift, 0, math.inf):
             raise InputError(f"max_drift: expected a number of at least 0, found {self.max_drift!r}. Try 0.3.")
-        for name in ("save_as_external_data", "dry_run", "force", "allow_cpu_fallback"):
-            if not isinstance(getattr(self, name), bool):
-                raise InputError(f"{name}: expected True or False, found {getattr(self, name)!r}.")
-        if not _is_number(self.heldout_fraction) or not 0 < self.heldout_fraction < 1:
+        if not _in_range(self.heldout_fraction, 0, 1) or self.heldout_fraction in {0, 1}:
             raise InputError(
                 f"heldout_fraction: expected a number between 0 and 1, both excluded, found {self.heldout_fraction!r}. "
                 "To judge on no held-out data, give 'none' as the held-out data."
             )
 
-    def _replace(self, name: str, value: object) -> None:
-        # The one way to normalise a field of a frozen dataclass while it is being made.
-        object.__setattr__(self, name, value)
 
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+def _in_range(value: object, least: float, most: float) -> TypeGuard[float]:
+    """Whether something is a number in this range, which NaN is not."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and least <= float(value) <= most
 
 
 def _tolerance(value: object) -> float | Literal["auto"]:
-    if value == _AUTO:
-        return _AUTO
-    if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        number = float(value)
-        if not math.isnan(number) and 0 <= number <= 1:
-            return number
+    if value == "auto":
+        return "auto"
+    if _in_range(value, 0, 1):
+        return float(value)
     raise InputError(
         f"tolerance: expected 'auto' or a relative deviation from 0 (exact) to 1, found {value!r}. "
         "Try 0.01 for one per cent."
     )
+
+
+def _check_known(name: str, value: object, known: tuple[str, ...], hint: str = "") -> None:
+    if value not in known:
+        listed = ", ".join(map(repr, known))
+        close = closest(str(value), list(known))
+        raise InputError(f"{name}: {value!r} is not known. Take one of {listed}{hint}.{close}")
 
 
 def _integer(name: str, value: object, least: int) -> int:
@@ -181,7 +168,3 @@ def _texts(name: str, value: object) -> tuple[str, ...]:
     if isinstance(items, (tuple, list)) and all(isinstance(item, str) and item for item in items):
         return tuple(items)
     raise InputError(f"{name}: expected names, found {value!r}.")
-
-
-def _listed(names: tuple[str, ...]) -> str:
-    return ", ".join(repr(name) for name in names)
