@@ -173,7 +173,7 @@ def test_names_in_bodies_that_are_no_text() -> None:
         { r = Relu(x)  a = Neg(r) }, else_branch = e () => (float[N,4] a) { r = Abs(x)  a = Neg(r) }> }"""
     data = tiny.model(text).SerializeToString()
     ModelFile.load(onnx.ModelProto.FromString(data))  # negative control
-    with pytest.raises(InputError, match="utf-8"):
+    with pytest.raises(InputError, match="UTF-8"):
         ModelFile.load(onnx.ModelProto.FromString(data.replace(b"\x01r", b"\x01\xff")))
 
 

@@ -79,7 +79,8 @@ class ModelFile:
         model._check_header()
         # By path when there is external data: the checker then finds it, and no second copy of the file is made.
         model._check(str(path) if external else data)
-        model._check_names()  # imports the graph too: one that cannot be read is an error of the file
+        model._check_names()
+        _ = model.scopes  # a graph that cannot be read is an error of the file
         return model
 
     @property
@@ -181,11 +182,10 @@ class ModelFile:
                 _logger.info("%s: left to the runtime: %s", self.where, _short(error))
 
     def _check_names(self) -> None:
-        nodes = self.scopes.nodes
-        names = [value.name for node in nodes for value in (node, *node.inputs, *node.outputs)]
-        names += [text for node in nodes for text in (node.op, node.domain)]
-        for graph in graphs(self.flat.graph):
-            names += [part.name for part in (*graph.input, *graph.output, *graph.initializer)]
+        main = list(graphs(self.proto.graph))
+        names = [value.name for graph in main for value in (*graph.input, *graph.output, *graph.initializer)]
+        for node in (node for part in (*main, *self.proto.functions) for node in part.node):
+            names += [node.name, node.op_type, node.domain, *node.input, *node.output]
         # Protobuf hands out bytes for what is not UTF-8.
         wrong = next((name for name in names if not isinstance(name, str)), None)
         if wrong is not None:
