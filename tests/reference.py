@@ -105,3 +105,30 @@ def narrowest(rows, column, tolerance, blocks=1):
     )
     assert solved.success, solved.message
     return solved.fun
+
+
+def gptq(rows, matrix, grid, damping=0.01):
+    """Error feedback alone, one input after the other in the order of their energy, on the grid of the weight itself.
+
+    Frantar et al. 2022 (arXiv 2210.17323), equation 2, without their Cholesky form: after each input the inverse of
+    what is left of H is computed anew.
+    """
+    width = len(matrix)
+    hessian = rows.T @ rows
+    hessian += damping * np.diag(hessian).mean() * np.eye(width)
+    half = 2 ** (grid.bits - 1)
+    cells = matrix.reshape(-1, grid.block or width, matrix.shape[1])
+    if grid.levels == "full":
+        place = np.abs(cells).argmax(1, keepdims=True)
+        scale, low = np.take_along_axis(cells, place, 1) / -half, -half
+    else:
+        scale, low = np.abs(cells).max(1, keepdims=True) / (half - 1), 1 - half
+    scales = np.broadcast_to(scale, cells.shape).reshape(matrix.shape)
+    work, result, left = matrix.copy(), np.zeros_like(matrix), list(np.argsort(-np.diag(hessian)))
+    while left:
+        k, *others = left
+        inverse = np.linalg.inv(hessian[np.ix_(left, left)])
+        result[k] = np.clip(np.round(work[k] / scales[k]), low, half - 1) * scales[k]
+        work[others] -= np.outer(inverse[1:, 0], (work[k] - result[k]) / inverse[0, 0])
+        left = others
+    return result

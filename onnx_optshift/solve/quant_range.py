@@ -181,13 +181,14 @@ class Narrowest:
     iterations: int
 
 
-def narrowest(coordinates: Coordinates, tolerance: float, granularity: Granularity) -> Narrowest:
+def narrowest(coordinates: Coordinates, tolerance: float, granularity: Granularity, *, gap: float = GAP) -> Narrowest:
     """Narrows every column of V, `_COLUMNS` at a time where they are independent.
 
     Args:
         coordinates: V in the eigenbasis, with outputs that are not all zero.
         tolerance: Positive.
         granularity: What the target quantizer scales by.
+        gap: Share of the range that may lie between a solution and its lower bound.
     """
     whole = granularity.mode == "tensor"
     matrix = coordinates.matrix
@@ -205,7 +206,7 @@ def narrowest(coordinates: Coordinates, tolerance: float, granularity: Granulari
         exact = ellipsoids.columns(part)
         sides = granularity.sides(exact.center)
         admm = _Admm((single or ellipsoids).columns(part), granularity, sides)
-        iterations = max(iterations, admm.run())
+        iterations = max(iterations, admm.run(gap))
         found = exact.nearest(admm.best.to(torch.float64))
         ranges, given = granularity.ranges(found, sides), granularity.ranges(start[..., part])
         result[..., part] = torch.where(ranges < given, found, start[..., part])
@@ -239,12 +240,12 @@ class _Admm:
         self._level = granularity.cells(center.abs()).amax(2, keepdim=True)  # θ
         self._anderson = Anderson(center, granularity.sums)
 
-    def run(self) -> int:
-        """Iterates until the gap is closed, and returns the number of iterations."""
+    def run(self, wanted: float) -> int:
+        """Iterates until the gap is as small as wanted, and returns the number of iterations."""
         ellipsoids, center = self._ellipsoids, self._ellipsoids.center
         gap, iteration = math.inf, 0
         nearest = self._state
-        while gap > _MARGIN * GAP and iteration < MAX_ITERATIONS:
+        while gap > _MARGIN * wanted and iteration < MAX_ITERATIONS:
             iteration += 1
             previous = nearest
             coordinates, self._multiplier = ellipsoids.outside(self._state, self._multiplier)

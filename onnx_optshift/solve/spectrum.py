@@ -38,6 +38,10 @@ class Spectrum:
         """UᵀV `[g, r, m]` of a matrix `[g, d, m]`, float64 on the spectrum's device."""
         return self.basis.mT @ matrix.to(self.basis)
 
+    def gram(self) -> Tensor:
+        """G = AᵀA `[g, d, d]`, float64, as far as its eigenvalues are resolved."""
+        return (self.basis * self.eigenvalues[:, None]) @ self.basis.mT
+
 
 def factor(moments: InputMoments) -> Spectrum:
     """Eigenbasis of the rows: by SVD of the rows while they are stored, else by eigendecomposition of G.
