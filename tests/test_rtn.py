@@ -220,7 +220,7 @@ def test_initializer_goes_through_its_form(dtype):
         ({"bits": 4.5}, "from 2 to 8, found 4.5"),
         ({"bits": True}, "found True"),
         ({"bits": 4, "scope": "chanel"}, "Close matches: 'channel'"),
-        ({"bits": 4, "levels": "asymmetric"}, "levels: 'asymmetric' are not known"),
+        ({"bits": 4, "levels": "asymmetric"}, "levels: 'asymmetric' is not known"),
         ({"bits": 4, "scope": "block"}, "Give a block size"),
         ({"bits": 4, "block": 32}, "with scope 'channel'"),
         ({"bits": 4, "scope": "block", "block": 0}, "at least 1, found 0"),

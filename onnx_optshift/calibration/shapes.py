@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from onnx_optshift.calibration.inputs import Dim, InputSpec, describe
@@ -74,14 +74,20 @@ def usual_sizes(inputs: Sequence[InputSpec]) -> Iterator[list[InputSpec]]:
     known = [spec.dims or () for spec in inputs]
     leads = {dims[0] for dims in known if dims} - {None}
     image = {dims[axis] for dims in known for axis in _spatial(dims)} - {None}
-    before: list[InputSpec] = []
+
+    def filled(spec: InputSpec, size: int, other: int) -> InputSpec:
+        dims, spatial = list(spec.dims or ()), _spatial(spec.dims or ())
+        for axis, dim in enumerate(dims[1:], start=1):
+            if not isinstance(dim, int) and dim not in leads:
+                dims[axis] = size if axis in spatial or dim in image else _CHANNELS if spatial else other
+        return replace(spec, shape=spec.dims and tuple(dims))
+
+    tried: list[list[InputSpec]] = []
     for size, other in zip(IMAGE_SIZES, OTHER_SIZES, strict=True):
-        specs = [
-            replace(spec, shape=_filled(spec.dims, leads, image, size, other)) if spec.dims else spec for spec in inputs
-        ]
-        if specs == before:
+        specs = [filled(spec, size, other) for spec in inputs]
+        if specs in tried:
             return
-        before = specs
+        tried.append(specs)
         yield specs
 
 
@@ -92,17 +98,6 @@ def shape_option(inputs: Sequence[InputSpec]) -> str:
             sizes = ",".join(str(dim if isinstance(dim, int) else 1) for dim in filled.shape or ())
             return f"--input-shape {spec.name}:{sizes}"
     return ""
-
-
-def _filled(
-    dims: tuple[Dim, ...], leads: Collection[Dim], image: Collection[Dim], size: int, other: int
-) -> tuple[Dim, ...]:
-    spatial = _spatial(dims)
-    filled = list(dims)
-    for axis, dim in enumerate(dims[1:], start=1):
-        if not isinstance(dim, int) and dim not in leads:
-            filled[axis] = size if axis in spatial or dim in image else _CHANNELS if spatial else other
-    return tuple(filled)
 
 
 def _spatial(dims: Sequence[Dim]) -> tuple[int, ...]:

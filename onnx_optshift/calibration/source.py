@@ -134,7 +134,7 @@ class Samples:
     def fingerprint(self) -> str:
         """sha256 over names, types, shapes, bytes, labels and order of the samples, however they are stored.
 
-        A stacked row counts as the feed of leading dimension 1 that it would be. Each sample is read once, for all views.
+        A stacked row counts as the feed of leading dimension 1 that it would be. A sample is read once for all views.
         """
         return hashlib.sha256(b"samples, version 2\n" + b"".join(full for _, full in self._digested())).hexdigest()
 

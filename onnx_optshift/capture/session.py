@@ -85,15 +85,16 @@ class Session:
         ort = _runtime()
         options = ort.SessionOptions()
         options.log_severity_level = 4
-        entries = {"session.intra_op.allow_spinning": "0", "session.disable_prepacking": "0" if prepack else "1"}
-        if folder is not None:
-            entries["session.model_external_initializers_file_folder_path"] = str(folder)
-        if device.capture != CPU:
-            entries[_RECORD_ASSIGNMENT] = "1"
-            if hasattr(ort, "preload_dlls"):
-                ort.preload_dlls()  # takes the CUDA libraries that torch brought, which need not be on the system path
+        entries = {
+            "session.intra_op.allow_spinning": "0",
+            "session.disable_prepacking": str(int(not prepack)),
+            "session.model_external_initializers_file_folder_path": str(folder or ""),
+            _RECORD_ASSIGNMENT: str(int(device.capture != CPU)),
+        }
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
+        if device.capture != CPU and hasattr(ort, "preload_dlls"):
+            ort.preload_dlls()  # takes the CUDA libraries that torch brought, which need not be on the system path
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:
@@ -118,13 +119,9 @@ class Session:
         self._bfloat16 = {node.name for nodes in values for node in nodes() if "bfloat16" in node.type}
 
     def run(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str] | None = None) -> dict[str, NDArray[Any]]:
-        """Runs the model and returns arrays by output name, on the CPU.
+        """Runs the model on inputs (and overridable initializers) and returns all or some outputs, on the CPU.
 
         Sequences and maps come back flattened, one entry per leaf, named `output[key]`; bfloat16 as float32.
-
-        Args:
-            feeds: Inputs by name, and overridable initializers.
-            outputs: Names of the outputs to compute; None for all.
 
         Raises:
             InputError: ONNX Runtime cannot run the model on these inputs.
@@ -136,10 +133,9 @@ class Session:
         return flat
 
     def run_tensors(self, feeds: Mapping[str, NDArray[Any]], outputs: Sequence[str]) -> dict[str, torch.Tensor]:
-        """Runs the model and returns tensors by output name, on `device.solve`: no copy to the host from a GPU.
+        """Runs the model and returns outputs on `device.solve`, without a copy to the host from a GPU.
 
-        On the CPU the arrays of ONNX Runtime are shared with torch; on CUDA the outputs are bound to device memory
-        and handed over by DLPack.
+        On the CPU torch shares ONNX Runtime's arrays; on CUDA outputs are bound to the device, handed over by DLPack.
 
         Raises:
             InputError: ONNX Runtime cannot run the model on these inputs.

@@ -80,13 +80,9 @@ class StatisticsStore:
 
     @staticmethod
     def from_state(taps: Sequence[Tap], state: Mapping[str, Tensor]) -> dict[Tap, InputMoments]:
-        """Moments of these taps from what `state` gave; the inverse of it.
-
-        Raises:
-            KeyError: A tap is not in it.
-        """
-        fields = InputMoments.FIELDS
-        return {
-            tap: InputMoments.from_state({f: state[f"{tap.key}/{f}"] for f in fields if f"{tap.key}/{f}" in state})
-            for tap in taps
-        }
+        """Moments of these taps from what `state` gave; a KeyError with the tap's key where one is not in it."""
+        parts: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in state.items():
+            key, _, field = name.rpartition("/")
+            parts.setdefault(key, {})[field] = tensor
+        return {tap: InputMoments.from_state(parts[tap.key]) for tap in taps}

@@ -62,16 +62,12 @@ class Grid:
                 f"quantization bits: expected a whole number from {FEWEST_BITS} to {MOST_BITS}, found {self.bits!r}. "
                 "Weights of 16 bits or more need no shift to survive rounding."
             )
-        if self.scope not in SCOPES:
-            raise InputError(
-                f"quantization scope: {self.scope!r} is not known. Take one of {', '.join(map(repr, SCOPES))}."
-                f"{closest(str(self.scope), list(SCOPES))}"
-            )
-        if self.levels not in LEVELS:
-            raise InputError(
-                f"quantization levels: {self.levels!r} are not known. Take one of {', '.join(map(repr, LEVELS))}."
-                f"{closest(str(self.levels), list(LEVELS))}"
-            )
+        for what, value, known in (("scope", self.scope, SCOPES), ("levels", self.levels, LEVELS)):
+            if value not in known:
+                raise InputError(
+                    f"quantization {what}: {value!r} is not known. Take one of {', '.join(map(repr, known))}."
+                    f"{closest(str(value), list(known))}"
+                )
         if (self.block is not None) != (self.scope == "block"):
             raise InputError(
                 f"quantization block: found {self.block!r} with scope {self.scope!r}. Give a block size with scope "
@@ -88,14 +84,9 @@ class Grid:
 
 
 def round_to_nearest(matrix: Tensor, grid: Grid) -> Tensor:
-    """A weight matrix after quantization and dequantization.
+    """A weight matrix V `[g, d, m]` after quantization and dequantization, float64.
 
-    Args:
-        matrix: V `[g, d, m]`, any floating dtype and device.
-        grid: The levels.
-
-    Returns:
-        `[g, d, m]`, float64. Where a weight is not finite, everything that shares its scale is NaN.
+    Where a weight is not finite, everything that shares its scale is NaN.
     """
     matrix = matrix.to(torch.float64)
     if matrix.numel() == 0:
@@ -112,16 +103,7 @@ def round_to_nearest(matrix: Tensor, grid: Grid) -> Tensor:
 
 
 def round_initializer(array: NDArray[np.generic], form: WeightForm, grid: Grid) -> NDArray[np.generic]:
-    """An initializer after quantization and dequantization, rounded once more to its own dtype.
-
-    Args:
-        array: Content, of the shape that the form starts from.
-        form: How it becomes the matrix V.
-        grid: The levels.
-
-    Returns:
-        The new content, in the shape and dtype of `array`.
-    """
+    """An initializer after quantization and dequantization of the matrix V, rounded once more to its own dtype."""
     matrix = torch.from_numpy(np.ascontiguousarray(form.to_matrix(array).astype(np.float64)))
     return form.from_matrix(round_to_nearest(matrix, grid).numpy()).astype(array.dtype)
 

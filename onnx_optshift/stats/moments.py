@@ -25,15 +25,10 @@ class InputMoments:
 
     The result depends neither on the order of the rows nor on how they were split into updates, up to rounding.
 
-    Args:
+    Attributes:
         groups: g, the number of independent problems; every update brings the same number of rows to each.
         width: d, the length of a row.
-        device: Where the moments live; updates are moved there.
-
-    Attributes:
-        groups: g.
-        width: d.
-        device: The torch device.
+        device: The torch device where the moments live; updates are moved there.
         rows: n, rows seen per group.
         nonfinite: Elements of activations that were not finite. Such activations are not part of the moments.
         total: Column sums `[g, d]`, float64, not divided by n.
@@ -67,11 +62,7 @@ class InputMoments:
 
     def gram(self) -> Tensor:
         """G = AᵀA `[g, d, d]`, float64, not divided by n; a new tensor, exactly symmetric."""
-        upper = self._upper
-        if upper is None:
-            upper = self._zero_gram()
-            for rows in self._stored:
-                _add_product(upper, rows)
+        upper = self._product() if self._upper is None else self._upper
         return upper.triu() + upper.triu(1).mT
 
     def update(self, rows: Tensor) -> None:
@@ -96,20 +87,15 @@ class InputMoments:
             _add_product(self._fold(), rows)
 
     def update_gram(self, gram: Tensor, total: Tensor, rows: int) -> None:
-        """Adds rows that are known only by their own moments.
-
-        Args:
-            gram: Their AᵀA `[g, d, d]`; only its upper triangle is read.
-            total: Their column sums `[g, d]`.
-            rows: Their number per group.
+        """Adds `rows` rows per group by their AᵀA `[g, d, d]` (its upper triangle is read) and column sums `[g, d]`.
 
         Raises:
             ValueError: The shape does not fit.
         """
-        if gram.shape != (self.groups, self.width, self.width) or total.shape != (self.groups, self.width):
+        if gram.shape != (*self.total.shape, self.width) or total.shape != self.total.shape:
             raise ValueError(
-                f"moments must be [{self.groups}, {self.width}, {self.width}] and [{self.groups}, {self.width}], "
-                f"found {list(gram.shape)} and {list(total.shape)}."
+                f"moments must be {[*self.total.shape, self.width]} and {list(self.total.shape)}, found "
+                f"{list(gram.shape)} and {list(total.shape)}."
             )
         self._fold().add_(gram.to(self.device, torch.float64))
         self.total += total.to(self.device, torch.float64)
@@ -136,8 +122,6 @@ class InputMoments:
         merged.nonfinite = self.nonfinite + other.nonfinite
         return merged
 
-    FIELDS = ("total", "counts", "rows", "upper")
-
     def state(self) -> dict[str, Tensor]:
         """Everything as tensors: `total` `[g, d]`, `counts` (rows, nonfinite), and `rows` `[g, n, d]` or `upper`."""
         counts = torch.tensor([self.rows, self.nonfinite], dtype=torch.int64)
@@ -158,19 +142,17 @@ class InputMoments:
             moments._stored = [state["rows"].clone()]
         return moments
 
-    def __repr__(self) -> str:
-        kept = "G" if self._upper is not None else "rows"
-        return f"InputMoments(groups={self.groups}, width={self.width}, rows={self.rows}, kept={kept})"
-
-    def _zero_gram(self) -> Tensor:
-        return self.total.new_zeros(self.groups, self.width, self.width)
+    def _product(self) -> Tensor:
+        """G's upper triangle, of the stored rows."""
+        upper = self.total.new_zeros(self.groups, self.width, self.width)
+        for rows in self._stored:
+            _add_product(upper, rows)
+        return upper
 
     def _fold(self) -> Tensor:
         """G's upper triangle, into which the stored rows have gone."""
         if self._upper is None:
-            self._upper = self._zero_gram()
-            for rows in self._stored:
-                _add_product(self._upper, rows)
+            self._upper = self._product()
             self._stored = []
         return self._upper
 

@@ -23,10 +23,10 @@ _LEAST_OUTPUTS = 4
 
 
 def check_images(images: Tensor, form: PatchRows, tap: Tap) -> None:
-    """Checks that images `[N, C, *spatial]` are what a tap reads.
+    """Refuses images that are not the `[N, C, *spatial]` that a tap reads, or smaller than its kernel.
 
     Raises:
-        InputError: They are not, or the kernel is larger than the padded image.
+        InputError: They are.
     """
     shape = list(images.shape)
     window = list(form.kernel)
@@ -73,17 +73,9 @@ def lag_axis(images: Tensor, form: PatchRows) -> int | None:
 def patch_gram(
     images: Tensor, form: PatchRows, axis: int, *, device: torch.device, chunk_bytes: int
 ) -> tuple[Tensor, Tensor]:
-    """Moments of all patches, by lags along one axis.
+    """AᵀA `[g, d, d]` and column sums `[g, d]` of all patches A, in float64 and without the form's scale.
 
-    Args:
-        images: `[N, C, *spatial]`.
-        form: How they are read; stride 1 along `axis`.
-        axis: Spatial axis of the lags.
-        device: Where the moments are made.
-        chunk_bytes: Of float64 that may exist besides the moments, if that is enough for a few output positions.
-
-    Returns:
-        AᵀA `[g, d, d]` and the column sums of A `[g, d]`, float64, without the form's scale.
+    By lags along `axis`, whose stride is 1. Besides the moments, `chunk_bytes` of float64 exist, or a few positions.
     """
     kernel, halo = form.kernel[axis], _extent(form, axis) - 1
     rest = [k for other, k in enumerate(form.kernel) if other != axis]

@@ -24,13 +24,7 @@ CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class _RowView:
-    """A view of an activation.
-
-    Attributes:
-        tensor: `[*group, *row, *feature]`.
-        group_axes: How many axes count groups.
-        feature_axes: How many axes make up a row.
-    """
+    """A view `[*group, *row, *feature]` of an activation, with the numbers of group and of feature axes."""
 
     tensor: Tensor
     group_axes: int
@@ -48,14 +42,7 @@ class _RowView:
 
 
 def to_rows(activation: Tensor, tap: Tap) -> Tensor:
-    """The rows that an activation brings to a tap.
-
-    Args:
-        activation: The tap's value.
-        tap: How it is read.
-
-    Returns:
-        Rows `[g, n, d]` in the activation's dtype.
+    """The rows `[g, n, d]` that an activation, the value of a tap, brings to it; in the activation's dtype.
 
     Raises:
         InputError: The activation does not have the tap's shape.
@@ -71,12 +58,8 @@ def to_rows(activation: Tensor, tap: Tap) -> Tensor:
 def observe(moments: InputMoments, tap: Tap, activation: Tensor) -> None:
     """Adds the rows of one activation to the moments of its tap, in float64 and bounded memory.
 
-    An activation that contains NaN or infinity is not added: its elements that are not finite are counted.
-
-    Args:
-        moments: To be added to.
-        tap: How the activation is read.
-        activation: The tap's value, any floating dtype and device.
+    An activation (any floating dtype and device) that contains NaN or infinity is not added: its elements that are not
+    finite are counted.
 
     Raises:
         InputError: The activation does not have the tap's shape.
@@ -114,13 +97,13 @@ def observe(moments: InputMoments, tap: Tap, activation: Tensor) -> None:
 
 def _runs(activation: Tensor, inside: Inside) -> Sequence[Tensor]:
     """What each run of a body brought; nothing where it never ran."""
-    if activation.numel() == 0:
-        return ()
-    return activation.flatten(0, inside.loops - 1).unbind(0) if inside.loops else (activation,)
+    if activation.numel() and inside.loops:
+        return activation.flatten(0, inside.loops - 1).unbind(0)
+    return (activation,) if activation.numel() else ()
 
 
 def _add(moments: InputMoments, view: _RowView, piece: Tensor, scale: float) -> None:
-    """Adds a slice of a view; on return its float64 copy is gone, before the next one is made."""
+    # A function of its own, so that its float64 copy is gone before the next one is made.
     # Conversion and copy in one pass: a cast alone keeps the strides of im2col, and reshaping copies again.
     rows = view.rows(piece.to(moments.device, torch.float64, memory_format=torch.contiguous_format))
     # The factor follows the conversion: in half precision it would be rounded away.
@@ -138,11 +121,7 @@ def _view(activation: Tensor, tap: Tap) -> _RowView:
 
 
 def _axis_view(activation: Tensor, form: AxisRows, tap: Tap) -> _RowView:
-    """Any tensor as `[*groups, 1, *other axes, *features]`: the 1 makes a row where there is no other axis.
-
-    Raises:
-        InputError: The axes do not exist or have other sizes.
-    """
+    # As `[*groups, 1, *other axes, *features]`: the 1 makes a row where there is no other axis.
     shape, axes = activation.shape, (*form.groups, *form.features)
     fits = all(-len(shape) <= axis < len(shape) for axis in axes)
     if (
@@ -161,14 +140,9 @@ def _axis_view(activation: Tensor, form: AxisRows, tap: Tap) -> _RowView:
 
 
 def _matrix_view(activation: Tensor, form: MatrixRows, tap: Tap) -> _RowView:
-    """A matrix operand `[*leading, n, d]` as `[*batch, *leading not in batch, n, d]`.
-
-    MatMul broadcasts the leading axes of X against those of the weight, aligned at the right. Where X is short or has
-    a 1, each matrix of the weight meets the same rows; where the weight has a 1 or no axis, X brings more rows.
-
-    Raises:
-        InputError: The width or the leading axes do not fit.
-    """
+    # `[*leading, n, d]` as `[*batch, *leading not in batch, n, d]`. MatMul broadcasts the leading axes of X against
+    # those of the weight, aligned at the right. Where X is short or has a 1, each matrix of the weight meets the same
+    # rows; where the weight has a 1 or no axis, X brings more rows.
     tensor = activation
     if tensor.ndim == 1:
         tensor = tensor[None]
