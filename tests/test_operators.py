@@ -27,7 +27,6 @@ from onnx_optshift.graph.selection import Selection
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.rows import observe, to_rows
-from onnx_optshift.write.patch import patched
 
 
 def find(proto: onnx.ModelProto) -> tuple[dict[str, Weight], dict[str | None, str]]:
@@ -263,7 +262,7 @@ def test_recurrent_weights(op: str, directions: int, state: str, name: str) -> N
     moved = {}
     for where, matrix in change.items():
         array = (model.initializer(name) + weight.form.from_matrix(matrix)).astype(np.float32)
-        results = run(patched(model, {name: array}), feeds)
+        results = run(tiny.patched(model, {name: array}), feeds)
         moved[where] = max(np.abs(a - b).max() for a, b in zip(results, (y, h), strict=True))
     assert moved["inside"] < 2e-5
     assert moved["outside"] > 1e-2
@@ -317,7 +316,7 @@ def test_every_row_of_the_coverage_table_leaves_its_freedom(layer: coverage.Laye
     y, moved = run(proto, feeds, ["y"])[0], {}
     for where, matrix in (("inside", projectors @ random), ("outside", random - projectors @ random)):
         array = (model.initializer("W") + weight.form.from_matrix(matrix)).astype(np.float32)
-        moved[where] = float(np.abs(run(patched(model, {"W": array}), feeds, ["y"])[0] - y).max())
+        moved[where] = float(np.abs(run(tiny.patched(model, {"W": array}), feeds, ["y"])[0] - y).max())
     assert moved["inside"] < 2e-5
     assert moved["outside"] > 1e-2
 

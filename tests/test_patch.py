@@ -21,7 +21,7 @@ from onnx_optshift.errors import InputError, OptShiftError
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.prove.static import PatchError, unchanged_outside
 from onnx_optshift.write import atomic, patch
-from onnx_optshift.write.patch import patched, write_beside
+from onnx_optshift.write.patch import write_beside
 
 NEW = {"W1": tiny.weight(4, 5, seed=7), "W2": tiny.weight(5, 3, seed=8)}
 
@@ -96,7 +96,7 @@ def test_storage_is_kept(number: int, dtype: type, field: str, raw: bool) -> Non
         "g (float x) => (float y) { y = MatMul(x, W) }", {"W": tensor if raw else tiny.typed("W", old, number)}
     )
     proto.graph.input[0].type.tensor_type.elem_type = proto.graph.output[0].type.tensor_type.elem_type = number
-    result = patched(ModelFile.load(proto), {"W": new})
+    result = tiny.patched(ModelFile.load(proto), {"W": new})
     stored = result.graph.initializer[0]
     assert [f.name for f, _ in stored.ListFields()] == [f.name for f, _ in proto.graph.initializer[0].ListFields()]
     assert stored.HasField("raw_data") == raw
@@ -108,7 +108,7 @@ def test_storage_is_kept(number: int, dtype: type, field: str, raw: bool) -> Non
 def test_transposed_and_strided_arrays_are_written_in_order() -> None:
     model = ModelFile.load(tiny.two_layers())
     array = np.asfortranarray(NEW["W1"])
-    assert np.array_equal(numpy_helper.to_array(patched(model, {"W1": array}).graph.initializer[0]), array)
+    assert np.array_equal(numpy_helper.to_array(tiny.patched(model, {"W1": array}).graph.initializer[0]), array)
 
 
 def test_constant_nodes(tmp_path: Path) -> None:
@@ -126,11 +126,10 @@ def test_constant_nodes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("array", [NEW["W1"].astype(np.float64), NEW["W1"].T, NEW["W1"].ravel()])
 def test_dtype_and_shape_are_insisted_on(array: np.ndarray, tmp_path: Path) -> None:
     model = ModelFile.load(tiny.two_layers())
-    for call in (lambda: patched(model, {"W1": array}), lambda: write_beside(model, {"W1": array}, tmp_path / "o")):
-        with pytest.raises(InputError, match=r"expected float32 \[4, 5\], got"):
-            call()
+    with pytest.raises(InputError, match=r"expected float32 \[4, 5\], got"):
+        write_beside(model, {"W1": array}, tmp_path / "o")
     with pytest.raises(InputError, match="Close matches: 'W2', 'W1'"):
-        patched(model, {"W": NEW["W1"]})
+        write_beside(model, {"W": NEW["W1"]}, tmp_path / "o")
     assert not list(tmp_path.iterdir())
 
 
@@ -257,11 +256,6 @@ def test_a_copy_does_not_replace_another_models_data(tmp_path: Path) -> None:
     written(source, other / "out.onnx")  # a patched model brings its data under a new name
     assert (other / "w.data").read_bytes() == b"of another model"
     check_values(other / "out.onnx")
-
-
-def test_external_tensors_cannot_be_patched_in_memory(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="Write to a file"):
-        patched(ModelFile.load(external(tmp_path, "one file")), {"W1": NEW["W1"]})
 
 
 @pytest.mark.parametrize("layout", [None, *LAYOUTS])
@@ -391,7 +385,7 @@ def test_devices_are_not_replaced() -> None:
 
 
 def tampered(model: ModelFile, path: Path, change: object) -> Path:
-    proto = patched(model, NEW)
+    proto = tiny.patched(model, NEW)
     change(proto)
     path.write_bytes(proto.SerializeToString())
     return path

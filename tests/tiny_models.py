@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper, parser
+
+from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.write.patch import write_beside
 
 
 def model(
@@ -63,6 +67,12 @@ def two_layers(seed: int = 0, width: int = 4) -> onnx.ModelProto:
     text = f"g (float[N,{width}] x) => (float[N,3] y) {{ h = Gemm(x, W1, b)  r = Relu(h)  y = MatMul(r, W2) }}"
     tensors = {"W1": weight(width, 5, seed=seed), "b": weight(5, seed=seed), "W2": weight(5, 3, seed=seed)}
     return model(text, tensors)
+
+
+def patched(model: ModelFile, arrays: Mapping[str, np.ndarray]) -> onnx.ModelProto:
+    """What the package writes for a model with these arrays."""
+    with tempfile.TemporaryDirectory() as folder, write_beside(model, arrays, Path(folder, "new.onnx")) as written:
+        return onnx.load(written.temp_path)
 
 
 def save_external(

@@ -71,7 +71,6 @@ class Written:
                 break
             self._file.close()  # somebody's sweep has come between
         self.temp_path, self.temp_data, self.temp_folder = _parts(self._record)
-        self._data_folders: set[Path] = set()
 
     def place_data(self, location: str) -> None:
         """Gives the file at `temp_data` its final name, relative to the model's folder; drops it if an equal one is.
@@ -97,7 +96,7 @@ class Written:
                 folder.mkdir()
         self._claim(location)
         os.replace(self.temp_data, final)
-        self._data_folders.add(final.parent)
+        _sync(final.parent)  # the name must be on disk before a model refers to it
 
     def commit(self) -> None:
         """Puts the file in place, in one step that cannot be seen half done. Does nothing once discarded.
@@ -116,9 +115,6 @@ class Written:
                     # A rewritten file keeps its permissions, as it would if it were written in place.
                     os.chmod(self.temp_path, stat.S_IMODE(self.final_path.stat().st_mode))
                 _sync(self.temp_path)
-                # The names of the data files must be on disk before a model refers to them.
-                for folder in self._data_folders:
-                    _sync(folder)
                 journal.renaming(self.temp_path, self.final_path)
                 os.replace(self.temp_path, self.final_path)
                 self._file.truncate(0)  # it has no claims any more

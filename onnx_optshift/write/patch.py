@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -35,7 +34,6 @@ from onnx_optshift.graph.tensors import (
     is_external,
     little_endian,
     named_tensors,
-    owned_tensors,
     raw_size,
     replace_inline,
 )
@@ -50,33 +48,8 @@ ALIGNMENT: Final = 4096
 # Data is copied in pieces of this size: no model is ever whole in memory.
 _CHUNK: Final = 1 << 22
 _KERNEL_CHUNK: Final = 1 << 30
-# A tensor of an external file: name (or empty), message, place.
-_Reader = tuple[str, onnx.TensorProto, Span]
-
-
-def patched(model: ModelFile, arrays: Arrays) -> onnx.ModelProto:
-    """A copy of a model with inline data in which only the payloads of the named tensors differ.
-
-    Args:
-        model: The original.
-        arrays: New contents by initializer name (or output of a Constant node), in the tensor's dtype and shape.
-
-    Returns:
-        The copy.
-
-    Raises:
-        InputError: A name is unknown, an array has another dtype or shape, or a tensor is external (`write_beside`
-            writes those).
-    """
-    _check_arrays(model, arrays)
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    tensors = owned_tensors(proto)
-    for name, array in arrays.items():
-        if is_external(tensors[name]):
-            raise InputError(f"tensor {name!r}: its data is external and cannot be patched in memory. Write to a file.")
-        replace_inline(tensors[name], array)
-    return proto
+# A tensor of a data file: name (or empty), message, place in the file that it is in now.
+_Reader = tuple[str, onnx.TensorProto, Span | None]
 
 
 def write_beside(model: ModelFile, arrays: Arrays, out: Path, *, save_as_external: bool = False) -> Written:
@@ -86,40 +59,29 @@ def write_beside(model: ModelFile, arrays: Arrays, out: Path, *, save_as_externa
 
     Args:
         model: The original; its file may be `out` itself.
-        arrays: New contents by initializer name, in the tensor's dtype and shape.
+        arrays: New contents by initializer name (or output of a Constant node), in the tensor's dtype and shape.
         out: Final path.
         save_as_external: Puts all initializers of 1 KiB and more, also those of bodies, into one external data file.
 
-    Returns:
-        The written files. Nothing stays behind if it is not committed.
-
     Raises:
-        InputError: An array does not fit, or the files cannot be written.
+        InputError: An array does not fit, or the files cannot be written; nothing stays behind.
     """
-    out = Path(out)
     check_target(out)
-    _check_arrays(model, arrays)
-    written = Written(out)
-    try:
-        with system_errors(out):
-            if save_as_external:
-                _write_proto(_externalized(model, arrays, written), written)
-            elif arrays or model.path is None:
-                _write_proto(_with_data_files(model, arrays, written), written)
+    for name, array in arrays.items():
+        if name not in model.tensors:
+            raise InputError(f"{model.where}: no initializer {name!r}.{closest(name, list(model.tensors))}")
+        check_fits(model.tensors[name], array)
+    with system_errors(out):
+        written = Written(out)
+        try:
+            if save_as_external or arrays or model.path is None:
+                _write_proto(_with_data_files(model, arrays, written, one_file=save_as_external), written)
             else:
                 _copy(model.path, model, written)
-    except BaseException:  # an interrupt too must leave nothing behind
-        written.discard()
-        raise
+        except BaseException:  # an interrupt too must leave nothing behind
+            written.discard()
+            raise
     return written
-
-
-def _check_arrays(model: ModelFile, arrays: Arrays) -> None:
-    for name, array in arrays.items():
-        tensor = model.tensors.get(name)
-        if tensor is None:
-            raise InputError(f"{model.where}: no initializer {name!r}.{closest(name, list(model.tensors))}")
-        check_fits(tensor, array)
 
 
 def _write_proto(proto: onnx.ModelProto, written: Written) -> None:
@@ -144,73 +106,70 @@ def _copy(path: Path, model: ModelFile, written: Written) -> None:
             written.place_data(location)
 
 
-def _with_data_files(model: ModelFile, arrays: Arrays, written: Written) -> onnx.ModelProto:
-    """The patched message; external files that change, or that are not beside OUT, are copied under new names."""
+def _with_data_files(model: ModelFile, arrays: Arrays, written: Written, *, one_file: bool) -> onnx.ModelProto:
+    """The patched message, with its data files in place.
+
+    External files that change, or that are not beside OUT, are copied under new names; with `one_file` all of them and
+    the larger initializers are streamed to a single new one.
+    """
     proto = onnx.ModelProto()
     proto.CopyFrom(model.proto)
-    new = {name: arrays[name] for name, tensor in owned_tensors(proto).items() if name in arrays}
-    by_file: dict[Path, list[_Reader]] = {}
+    large = _large(proto) if one_file else set()
+    by_file: dict[Path | None, list[_Reader]] = {}
     for name, tensor in named_tensors(proto):
         if is_external(tensor):
             span = locate(tensor, model.folder)
-            by_file.setdefault(span.path, []).append((name, tensor, span))
-        elif name in new:
-            replace_inline(tensor, new[name])
+            by_file.setdefault(None if one_file else span.path, []).append((name, tensor, span))
+        elif name in large:
+            by_file.setdefault(None, []).append((name, tensor, None))
+        elif name in arrays:
+            replace_inline(tensor, arrays[name])
     for path, readers in by_file.items():
-        if not (_leaves_folder(model, written) or any(name in new for name, _, _ in readers)):
+        if path and not (_leaves_folder(model, written) or any(name in arrays for name, _, _ in readers)):
             continue
-        offsets: list[int] = []
-        location = _new_data_file(written, partial(_fill_patched, path, readers, new, offsets))
-        for (_, tensor, span), offset in zip(readers, offsets, strict=True):
-            _refer(tensor, location, offset, span.length)
+        with written.temp_data.open("xb") as file:
+            if path:
+                offsets = _fill_patched(path, readers, arrays, file)
+            else:
+                contents = (arrays[name] if name in arrays else payload(t, model.folder) for name, t, _ in readers)
+                offsets = [_append(content, file) for content in contents]
+        location = data_name(written.final_path, digest(written.temp_data))
+        written.place_data(location)
+        for (_, tensor, _), offset in zip(readers, offsets, strict=True):
+            _refer(tensor, location, offset, raw_size(tensor))
     return proto
 
 
-def _fill_patched(path: Path, readers: Sequence[_Reader], new: Arrays, offsets: list[int], file: BinaryIO) -> None:
-    """Copies an external file with new payloads, and notes where each of its tensors is then."""
-    with path.open("rb") as source:
-        with suppress(OSError, AttributeError):  # the kernel where it can: some file systems then copy nothing at all
-            while os.copy_file_range(source.fileno(), file.fileno(), _KERNEL_CHUNK):
-                pass
-        shutil.copyfileobj(source, file, _CHUNK)  # the rest
-    for index, (name, _, span) in enumerate(readers):
-        if name not in new:
-            offsets.append(span.offset)
-            continue
-        # Exporters let equal tensors share their bytes; only this one may change, so it moves to the end.
-        shared = any(span.overlaps(other) for k, (_, _, other) in enumerate(readers) if k != index)
-        offsets.append(_aligned_end(file) if shared else file.seek(span.offset))
-        _write_array(new[name], file)
-
-
-def _externalized(model: ModelFile, arrays: Arrays, written: Written) -> onnx.ModelProto:
-    """The patched message with its larger initializers in one new file, streamed there one by one."""
-    proto = onnx.ModelProto()
-    proto.CopyFrom(model.proto)
-    large = {
+def _large(proto: onnx.ModelProto) -> set[str]:
+    """Model-wide names of initializers, also of bodies, that are worth a place in a data file."""
+    return {
         names[tensor.name]
         for graph, names in zip(graphs(proto.graph), unique_names(proto.graph), strict=True)
         for tensor in graph.initializer
         if tensor.data_type != onnx.TensorProto.STRING and raw_size(tensor) >= EXTERNAL_FROM_BYTES
     }
-    moving: list[tuple[str, onnx.TensorProto]] = []
-    for name, tensor in named_tensors(proto):
-        if is_external(tensor) or name in large:
-            moving.append((name, tensor))
-        elif name in arrays:
-            replace_inline(tensor, arrays[name])
-    offsets: list[int] = []
 
-    def fill(file: BinaryIO) -> None:
-        for name, tensor in moving:
-            offsets.append(_aligned_end(file))
-            _write_array(arrays[name] if name and name in arrays else payload(tensor, model.folder), file)
 
-    if moving:
-        location = _new_data_file(written, fill)
-        for (_, tensor), offset in zip(moving, offsets, strict=True):
-            _refer(tensor, location, offset, raw_size(tensor))
-    return proto
+def _fill_patched(path: Path, readers: Sequence[_Reader], new: Arrays, file: BinaryIO) -> list[int]:
+    """Copies an external file with new payloads; returns where each of its tensors is then."""
+    with path.open("rb") as source:
+        with suppress(OSError, AttributeError):  # the kernel where it can: some file systems then copy nothing at all
+            while os.copy_file_range(source.fileno(), file.fileno(), _KERNEL_CHUNK):
+                pass
+        shutil.copyfileobj(source, file, _CHUNK)  # the rest
+    offsets = []
+    for name, _, span in readers:
+        assert span is not None
+        offset = span.offset
+        if name in new:
+            # Exporters let equal tensors share their bytes; only this one may change, so it moves to the end.
+            if any(other and other is not span and span.overlaps(other) for _, _, other in readers):
+                offset = _append(new[name], file)
+            else:
+                file.seek(offset)
+                _write_array(new[name], file)
+        offsets.append(offset)
+    return offsets
 
 
 def _write_array(array: NDArray[np.generic], file: BinaryIO) -> None:
@@ -219,11 +178,13 @@ def _write_array(array: NDArray[np.generic], file: BinaryIO) -> None:
         file.write(little_endian(flat[start : start + _CHUNK]))
 
 
-def _aligned_end(file: BinaryIO) -> int:
-    """Pads the file to the next page and returns that offset."""
+def _append(array: NDArray[np.generic], file: BinaryIO) -> int:
+    """Writes an array from the next page on, and returns that offset."""
     end = file.seek(0, os.SEEK_END)
     file.write(bytes(-end % ALIGNMENT))
-    return file.tell()
+    offset = file.tell()
+    _write_array(array, file)
+    return offset
 
 
 def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) -> None:
@@ -234,15 +195,6 @@ def _refer(tensor: onnx.TensorProto, location: str, offset: int, length: int) ->
     tensor.data_location = onnx.TensorProto.EXTERNAL
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)
-
-
-def _new_data_file(written: Written, fill: Callable[[BinaryIO], None]) -> str:
-    """Writes a data file beside OUT, names it after its content, and returns that name."""
-    with written.temp_data.open("xb") as file:
-        fill(file)
-    location = data_name(written.final_path, digest(written.temp_data))
-    written.place_data(location)
-    return location
 
 
 def _leaves_folder(model: ModelFile, written: Written) -> bool:
