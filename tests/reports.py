@@ -77,7 +77,8 @@ def layer(**changes):
 
 
 def unchanged(name="fc2.weight", reason=FULL_RANK, **changes):
-    same = {"rank": 64, "norm_after": 4.0, "range_after": 0.5, "measured_residual": 0.0, "frontier": ()}
+    path = (FrontierPoint(0.0, 1.0, None), FrontierPoint(0.1, 0.7, None))
+    same = {"rank": 64, "norm_after": 4.0, "range_after": 0.5, "measured_residual": 0.0, "frontier": path}
     return layer(name=name, status="unchanged", reason=reason, **(same | changes))
 
 

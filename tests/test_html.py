@@ -200,7 +200,7 @@ def test_bars_are_as_long_as_the_figures_say(pages):
     # The original's loss and those of the trials, on one scale: 0.13, 0.12, 0.12 and 0.2.
     assert bars(pages("auto"), "heldout") == [[65.0], [60.0], [60.0], [100.0]]
     assert bars(pages("range"), "heldout") == [[100.0]] + [[pytest.approx(100 * 0.102 / 0.115, abs=0.01)]] * 2
-    assert bars(pages("shift"), "frontier") == [[100.0], [pytest.approx(100 * 0.5 / 0.75, abs=0.01)]]
+    assert bars(pages("shift"), "frontier") == [[100.0], [pytest.approx(100 * 0.6 / 0.875, abs=0.01)]]
     # Figures that are not finite have none, and do not shrink those of others.
     assert bars(pages("not finite"), "layers") == [[100.0, 75.0]]
 

@@ -256,7 +256,7 @@ def test_what_a_shift_says():
         f"[1] {FULL_RANK}",
         "2 skipped /a, /b, its weight is computed at run time",
         "noise floor 2.0e-07, worst sample 3.0e-07; one thread; batch size 32",
-        "exact 75.00 % 75.00 % 75.00 %",
+        "exact 87.50 % 75.00 % 100.00 % 0.1 60.00 % 50.00 % 70.00 %",
         "calibration 1000 samples, 10 classes, calibration.npz",
         "time 7.0 s, capture 1.0, solve 2.0, verify 3.0",
         "peak memory 300 MiB",
@@ -303,6 +303,21 @@ def test_headline_is_the_objective_s_own():
     found = words(report(layers=(layer(headline=Headline("weighted norm", 2.0, 1.0)),)))
     assert "weighted norm 2.00 -> 1.00 (-50 %), mean of 1 layers" in found
     assert "4.00 -> 3.00" not in found
+
+
+def test_the_frontier_is_the_objective_s_own_path_or_none():
+    assert "What a tolerance would buy" in words(report())
+    # "range" has none, and a mean over the layers that happen to have one would mislead.
+    assert "What a tolerance would buy" not in words(report(layers=(layer(frontier=()), unchanged(frontier=()))))
+    assert "What a tolerance would buy" not in words(report(layers=(layer(), unchanged(frontier=()))))
+
+
+def test_names_break_behind_separators():
+    layers = tuple(layer(name=f"attention.{kind}.weight") for kind in "qkvo")
+    lines = printed(report(layers=layers), width=70).splitlines()
+    first = next(k for k, line in enumerate(lines) if line.startswith("attention."))
+    column = [line[:12].strip() for line in lines[first : first + 8]]
+    assert column == [part for kind in "qkvo" for part in ("attention.", f"{kind}.weight")]
 
 
 def test_one_verdict_for_the_question_that_was_asked():
@@ -397,7 +412,6 @@ def test_relative_change(before, after, shown):
         (percent(None), "-"),
         (with_error(105.5, 3.0), "106 +- 3.00"),
         (with_error(2.0, None), "2.00"),
-        (True, "yes"),
         (7, "7"),
     ],
 )

@@ -59,8 +59,6 @@ def text(cell: Cell, most_names: int | None = None) -> str:
     """A value as a person reads it; more than `most_names` names are only counted."""
     if cell is None:
         return NOTHING
-    if isinstance(cell, bool):
-        return "yes" if cell else "no"
     if isinstance(cell, float):
         return number(cell)
     if isinstance(cell, tuple):

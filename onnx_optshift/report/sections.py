@@ -193,9 +193,10 @@ def _rank(layer: LayerReport) -> Cell:
 
 
 def _frontier(report: Report) -> Section | None:
-    """The objective's own path: per residual tolerance, what is left of its figure over the layers that have one."""
+    """The objective's own path: per residual tolerance, what is left of its figure; none unless all layers have one."""
+    paths = [layer.frontier for layer in candidates(report) if layer.headline]
     rows: list[list[Cell]] = []
-    for column in zip(*(layer.frontier for layer in candidates(report) if layer.frontier), strict=False):
+    for column in zip(*paths, strict=False):
         ratios = [point.norm_ratio for point in column if point.norm_ratio is not None and finite(point.norm_ratio)]
         if len(ratios) == len(column):
             shares = (math.fsum(ratios) / len(ratios), min(ratios), max(ratios))
@@ -203,7 +204,8 @@ def _frontier(report: Report) -> Section | None:
             rows.append([Figure(tolerance), *map(percent, shares)])
     if not rows or report.command == "verify":
         return None
-    note = f"{headline_name(report).capitalize()} of a layer as a share of the original's, from statistics only."
+    name = headline_name(report).capitalize()
+    note = f"{name} as a share of the original's, over {len(paths)} layers; from statistics only."
     titles = ["layer residual", "mean left", "least left", "most left"]
     return Section("frontier", "What a tolerance would buy", [Table(titles, rows, note=note, drawn="mean left")])
 
@@ -242,6 +244,5 @@ def _listed(values: Mapping[str, Any]) -> list[Fact]:
     rows = []
     for name, value in values.items():
         shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
-        shown = NOTHING if shown in {None, ""} else shown if isinstance(shown, bool) else str(shown)
-        rows.append(Fact(name.replace("_", " "), shown))
+        rows.append(Fact(name.replace("_", " "), NOTHING if shown in {None, ""} else str(shown)))
     return rows

@@ -7,12 +7,15 @@ becomes a small list. Text from the model is printed as it is, never as markup.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from rich import table as rich_table
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
+from rich.containers import Lines
 from rich.padding import Padding
 from rich.text import Text
 
@@ -109,5 +112,20 @@ def _table(table: Table, width: int, verbose: bool) -> Iterator[RenderableType]:
 
 
 def _plain(line: str, style: str = "") -> Text:
-    """Text that is no markup, and that folds where it finds no space to break at."""
-    return Text(printable(line), style=style, overflow="fold")
+    """Text that is no markup."""
+    return _Folding(printable(line), style=style, overflow="fold")
+
+
+class _Folding(Text):
+    """Text that breaks at spaces, where it must behind a separator of names, and anywhere if there is none."""
+
+    def wrap(self, console: Console, width: int, **options: Any) -> Lines:
+        lines = [""]
+        for word in re.findall(r"\s*\S+", self.plain):
+            pieces = re.findall(r"[^/._:-]*[/._:-]?", word) if cell_len(word.strip()) > width else [word]
+            for piece in pieces:
+                if lines[-1] and cell_len(lines[-1] + piece) > width:
+                    lines.append(piece.lstrip())
+                else:
+                    lines[-1] += piece
+        return Text("\n".join(lines), self.style, overflow="fold").wrap(console, width, **options)
