@@ -22,8 +22,8 @@ _logger = logging.getLogger(__name__)
 
 # Operators that run a body again and again and stack what it hands out.
 LOOPS: Final = frozenset({"Loop", "Scan"})
-# Before this opset a Scan had a batch axis of its own.
-_SCAN_SINCE: Final = 9
+# Nodes that can hand out values of their bodies, since this opset: before, a Scan had a batch axis of its own.
+HANDING_OUT: Final = {"If": 1, "Loop": 1, "Scan": 9}
 
 
 def bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
@@ -88,11 +88,6 @@ def flattened(proto: onnx.ModelProto) -> onnx.ModelProto:
     # What was inlined must not have taken a name that another value has: names say which tensor is meant.
     kept = all(old == new for scope in unique_names(inlined.graph) for old, new in scope.items())
     return inlined if kept else copy
-
-
-def can_expose(op_type: str, domain: str, opset: int) -> bool:
-    """Whether a node of this operator can hand out values of its bodies."""
-    return not domain and (op_type in {"If", "Loop"} or (op_type == "Scan" and opset >= _SCAN_SINCE))
 
 
 def expose(main: onnx.GraphProto, wanted: Mapping[str, Inside]) -> None:

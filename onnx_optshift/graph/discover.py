@@ -16,7 +16,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from onnx_optshift.geometry import Inside, WeightForm
-from onnx_optshift.graph.bodies import LOOPS, can_expose
+from onnx_optshift.graph.bodies import HANDING_OUT, LOOPS
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.operators import QUANTIZED, operator_of
 from onnx_optshift.graph.passthrough import QUANTIZATION, constant_integers, passed_through
@@ -153,7 +153,7 @@ class _Finder:
         operator = operator_of(node) if node and self._multiplies(node, reading.operand) else None
         if operator is None:
             return f"also read by {reading.reader}"
-        match = operator.match(node, reading.operand, reading.state.form)
+        match = operator.matcher(node, reading.operand, reading.state.form) if operator.matcher else operator.reason
         if isinstance(match, str):
             return match
         around = self._scopes.owners(node)
@@ -165,9 +165,9 @@ class _Finder:
             owners = self._scopes.owners(value)
             if isinstance(value, gs.Constant) and value.name not in self._capturable:
                 return f"the constant {value.name!r} that it meets cannot be captured"
-            closed = [owner for owner in owners if not can_expose(owner.op, owner.domain, self._model.opset)]
-            if closed:
-                return f"inside {place(around)}: {closed[0].op} does not hand out what flows there"
+            for owner in owners:
+                if owner.domain or owner.op not in HANDING_OUT or self._model.opset < HANDING_OUT[owner.op]:
+                    return f"inside {place(around)}: {owner.op} does not hand out what flows there"
             if owners:
                 loops = sum(owner.op in LOOPS for owner in owners)
                 inside = Inside(tap.value, reading.state.element_type, loops)

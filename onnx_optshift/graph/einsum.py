@@ -13,7 +13,7 @@ from collections import Counter
 
 import onnx_graphsurgeon as gs
 
-from onnx_optshift.geometry import AxisRows, MatrixRows, Reshape, RowForm, Transpose, WeightForm
+from onnx_optshift.geometry import AxisRows, MatrixRows, Reshape, Transpose, WeightForm
 from onnx_optshift.graph.weights import Match, attribute, make_match
 
 OPERANDS = tuple(range(8))  # any number is allowed; so many at least are told why they are left alone
@@ -48,15 +48,12 @@ def match(node: gs.Node, operand: int, form: WeightForm) -> Match | str:
         return f"{what} may broadcast an axis of length 1"
     order = tuple(weight.index(letter) for letter in (*groups, *features, *columns))
     matrix = tuple(math.prod(sizes[letter] for letter in letters) for letters in (groups, features, columns))
-    rows = _rows(tuple(_axis(x, letter) for letter in features), tuple(_axis(x, letter) for letter in groups))
-    return make_match(node, [node.inputs[1 - operand]], form.then(Transpose(order)).then(Reshape(matrix)), rows)
-
-
-def _rows(features: tuple[int, ...], groups: tuple[int, ...]) -> RowForm:
+    axes = [_axis(x, letter) for letter in features]
     # As a MatMul would say it where it can be said so: layers that read alike then share one statistic.
-    if not groups and features in {(-1,), (-2,)}:
-        return MatrixRows(feature_axis=features[0])
-    return AxisRows(features, groups)
+    as_matmul = not groups and axes in ([-1], [-2])
+    axis_rows = AxisRows(tuple(axes), tuple(_axis(x, letter) for letter in groups))
+    rows = MatrixRows(feature_axis=axes[0]) if as_matmul else axis_rows
+    return make_match(node, [node.inputs[1 - operand]], form.then(Transpose(order)).then(Reshape(matrix)), rows)
 
 
 def _axis(term: str, letter: str) -> int:

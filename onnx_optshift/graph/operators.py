@@ -7,9 +7,8 @@ from typing import Final
 
 import onnx_graphsurgeon as gs
 
-from onnx_optshift.geometry import WeightForm
 from onnx_optshift.graph import causal_conv, conv, einsum, matmul, recurrent
-from onnx_optshift.graph.weights import MICROSOFT, Match, Matcher
+from onnx_optshift.graph.weights import MICROSOFT, Matcher
 
 QUANTIZED: Final = "already quantized"
 
@@ -21,10 +20,6 @@ class Operator:
     operands: tuple[int, ...]  # those that can be the weight
     matcher: Matcher | None = None  # reads a node as rows @ V; None when the operator is known but not handled
     reason: str = "this operator is not handled"  # why not
-
-    def match(self, node: gs.Node, operand: int, form: WeightForm) -> Match | str:
-        """The match of a node whose weight of this form is at `operand`, or why there is none."""
-        return self.matcher(node, operand, form) if self.matcher else self.reason
 
     def activations(self, operand: int) -> tuple[int, ...]:
         """Operands that can be what meets the weight at `operand`."""
