@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnx_optshift.api import inspect, shift
+    from onnx_optshift.api import inspect, shift, verify
     from onnx_optshift.errors import DeviceError, InputError, OptShiftError, ToleranceError
     from onnx_optshift.report.model import Report
     from onnx_optshift.settings import Settings
@@ -26,6 +26,7 @@ __all__ = [
     "__version__",
     "inspect",
     "shift",
+    "verify",
 ]
 
 _HOMES = {
@@ -37,6 +38,7 @@ _HOMES = {
     "ToleranceError": "errors",
     "inspect": "api",
     "shift": "api",
+    "verify": "api",
 }
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from onnx_optshift.commands import inspect as inspect_command
 from onnx_optshift.commands import shift as shift_command
+from onnx_optshift.commands import verify as verify_command
 from onnx_optshift.commands.shift import Result
 from onnx_optshift.report.model import Report
 from onnx_optshift.report.progress import SILENT, Progress
@@ -60,6 +61,35 @@ def inspect(
         InputError: The model, the data or a setting cannot be used.
     """
     return inspect_command.inspect(model, _sources(calibration), Settings(**settings), progress)
+
+
+def verify(
+    original: str | Path,
+    changed: str | Path,
+    calibration: object = None,
+    *,
+    baseline: object = None,
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> Report:
+    """Compares the outputs of two models on data, and of each layer whose weight differs.
+
+    Args:
+        original: Path of the model that the other is held against.
+        changed: Path of the other model; same inputs and outputs.
+        calibration: The data, as for `shift`.
+        baseline: The data that was calibrated on, whose drift is to stand beside that of the data.
+        progress: Where long passes report to.
+        **settings: Fields of `Settings`.
+
+    Returns:
+        A report whose `verification.passed` says whether the outputs match.
+
+    Raises:
+        InputError: A model, the data or a setting cannot be used.
+    """
+    data, other = _sources(calibration), _sources(baseline)
+    return verify_command.verify(original, changed, data, Settings(**settings), progress, baseline=other)
 
 
 def _sources(given: object) -> list[object] | None:

@@ -4,11 +4,14 @@ import inspect
 import subprocess
 import sys
 import types
+from pathlib import Path
 
+import onnx
 import pytest
 
 import onnx_optshift
 
+ROOT = Path(__file__).parents[1]
 NAMES = {
     "DeviceError",
     "InputError",
@@ -19,6 +22,7 @@ NAMES = {
     "__version__",
     "inspect",
     "shift",
+    "verify",
 }
 
 
@@ -79,3 +83,19 @@ def test_import_test_would_notice():
     code = "import onnx_optshift.geometry, sys; print('numpy' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "True"
+
+
+def test_a_result_is_a_model_that_is_saved_and_verified(tmp_path):
+    original, out = ROOT / "models" / "digits_mlp" / "model.onnx", tmp_path / "out.onnx"
+    result = onnx_optshift.shift(original, heldout="none", nodes_to_include="fc1.weight")
+    result.save(out)
+    assert onnx.load(out) == result.model != onnx.load(original)
+    report = onnx_optshift.verify(original, out, original.with_name("calibration.npz"))
+    assert report.verification.passed
+    assert [layer.status for layer in report.layers if layer.status == "shifted"] == ["shifted"]
+    # Negative control: another model's outputs do not match.
+    other = onnx.load(out)
+    weight = next(tensor for tensor in other.graph.initializer if tensor.name == "fc1.weight")
+    weight.raw_data = (2 * onnx.numpy_helper.to_array(weight)).tobytes()
+    onnx.save(other, out)
+    assert not onnx_optshift.verify(original, out).verification.passed

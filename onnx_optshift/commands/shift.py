@@ -46,6 +46,13 @@ class Result:
     report: Report
     path: Path
 
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The verified model, read from its file with all its data."""
+        import onnx
+
+        return onnx.load(self.path)
+
     def save(self, path: str | Path) -> Path:
         """Copies the verified file to `path`, by an atomic rename.
 
