@@ -28,10 +28,10 @@ SIMPLEX = (np.eye(K) - 1 / K) @ np.eye(K, D) @ ROTATION
 
 
 def features_of(rows, classes=CLASSES, batch=7):
-    moments = nc.FeatureMoments(rows.shape[1])
+    features = nc.Features(np.unique(classes), rows.shape[1])
     for start in range(0, len(rows), batch):
-        moments.update(torch.from_numpy(rows[start : start + batch]), classes[start : start + batch])
-    return moments.features()
+        features.update(torch.from_numpy(rows[start : start + batch]), classes[start : start + batch])
+    return features
 
 
 def slow_nc1(rows, classes):
@@ -94,7 +94,7 @@ def test_order_and_batches_do_not_matter():
     order = RNG.permutation(len(rows))
     one, other = features_of(rows), features_of(rows[order], CLASSES[order], batch=1)
     np.testing.assert_allclose(one.means, other.means, atol=1e-12)
-    np.testing.assert_allclose(one.gram, other.gram, atol=1e-11)
+    np.testing.assert_allclose(one.moments.gram(), other.moments.gram(), atol=1e-11)
 
 
 def bench_of(rows, classifier, body="y = MatMul(x, W)", shape=None):
@@ -161,11 +161,14 @@ def test_ranks_of_known_spectra():
 def test_the_rank_of_a_layer():
     rows = (RNG.normal(size=(60, 3)) @ ROTATION[:3]).astype(np.float64)
     bench, samples = bench_of(rows.astype(np.float32), SIMPLEX.T)
-    layers = Layers(bench.weights, bench.statistics(samples), bench.model.initializer)
-    layers.survey()
-    found = nc.layer_rank(bench.weights[0], layers)
+    layers, weight = Layers(bench.weights, bench.statistics(samples), bench.model.initializer), bench.weights[0]
+    found = nc.layer_rank(weight, layers.survey()[weight.name], layers.spectrum(weight))
     assert (found.d, found.rows, found.needed) == (D, 60, 3)
     assert 1 <= found.stable <= found.effective <= 3.01
-    bench, samples = bench_of(np.full((60, D), np.nan, np.float32), SIMPLEX.T)
-    layers = Layers(bench.weights, bench.statistics(samples), bench.model.initializer)
-    assert nc.layer_rank(bench.weights[0], layers) is None
+
+
+def test_features_that_are_not_finite_have_no_figures():
+    rows = (CENTRE + SIMPLEX)[CLASSES].astype(np.float32)
+    rows[7, 0] = np.nan
+    bench, samples = bench_of(rows, SIMPLEX.T)
+    assert nc.collapse(bench, samples, CLASSES, bench.weights[0], "y") is None

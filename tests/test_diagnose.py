@@ -96,7 +96,7 @@ def test_a_model_from_file_to_screen():
     assert tree["flatness"]["loss_after"] > tree["flatness"]["loss_before"]
     assert tree["model"]["sha256_out"] is None
     text = shown(report, verbose=True)
-    for expected in ("fc2.weight", "NC1", "total", "eigenvalue" if tree["flatness"]["top_before"] else "sharpness"):
+    for expected in ("fc2.weight", "NC1", "total", "eigenvalue" if tree["flatness"]["top_before"] else "Sharpness"):
         assert expected in text
     assert tree["collapse"]["verdict"]["why"][:20] in text
 
@@ -119,7 +119,7 @@ def test_a_model_without_layers_says_so(tmp_path):
     np.savez(tmp_path / "data.npz", x=np.ones((12, 4), np.float32))
     report = diagnose(path, [tmp_path / "data.npz"], None, Settings(device="cpu"))
     assert report.collapse is None
-    assert "no linear layer that could be shifted" in shown(report)
+    assert "there is no layer that could be shifted" in shown(report)
 
 
 def test_no_data_is_one_message(tmp_path):

@@ -34,7 +34,7 @@ def test_the_pass_reports_flatness_before_and_after(tmp_path, capsys):
         "200",
     ]
     assert main([*words, "--report", str(report)]) == 0
-    assert "sharpness" in capsys.readouterr().out
+    assert "Sharpness" in capsys.readouterr().out
     flatness = json.loads(report.read_text(encoding="utf-8"))["flatness"]
     assert flatness["loss_after"] != flatness["loss_before"]
     # Without the option nothing is measured.

@@ -90,7 +90,7 @@ def test_a_quadratic_loss_has_the_figures_of_theory():
 def test_differences_of_a_quadratic_loss_are_exact_at_any_step():
     bench, samples = bench_of(linear(), TARGETS)
     place = Landscape(bench, smooth_session(bench), samples, loss_of(bench, samples), {})
-    directions = Directions(["W"], place, 0)
+    directions = Directions(place, 0)
     hessian = np.kron(2 / M * X.astype(np.float64).T @ X / N, np.eye(M))
     z = directions.signs("W", 0)
     for step in (0.03, 0.3, 3.0):
@@ -109,7 +109,7 @@ def test_second_differences_are_those_of_automatic_differentiation(activation):
     blocks = hessian_blocks(torch.relu if activation == "Relu" else torch.tanh)
     found = flatness(bench, samples, loss, {}, probes=48, seed=1)
     place = Landscape(bench, smooth_session(bench), samples, loss, {})
-    directions = Directions(["W1", "W2"], place, 1)
+    directions = Directions(place, 1)
     for layer in found.layers:
         same_probes = quadratic(directions, layer.name, 48, blocks[layer.name])
         assert layer.trace.before.value == pytest.approx(same_probes, rel=0.01)
@@ -153,7 +153,7 @@ def test_a_weight_on_the_edge_of_a_relu_has_no_spike():
     loss = loss_of(bench, samples)
     centre = {"W1": edge}
     place = Landscape(bench, smooth_session(bench), samples, loss, centre)
-    z = {"W1": Directions(["W1", "W2"], place, 0).signs("W1", 0)}
+    z = {"W1": Directions(place, 0).signs("W1", 0)}
     steps = (3e-3, 3e-4)
     smooth = [place.differences(z, step).second for step in steps]
     assert smooth[1] == pytest.approx(smooth[0], rel=0.05)

@@ -126,7 +126,7 @@ def error_on_the_same_probes(bench, samples, loss, key: str, value: torch.Tensor
     """Relative error of the mean zᵀHz over a few of the run's own probes: what differencing alone costs."""
     weight = next(weight for weight in bench.weights if weight.name == layer.name)
     place = Landscape(bench, smooth_session(bench), samples, loss_of(bench, samples), {})
-    directions = Directions([weight.name for weight in bench.weights], place, seed)
+    directions = Directions(place, seed)
     found, exact = 0.0, 0.0
     array = bench.model.initializer(layer.name)
     as_stored = array.shape == tuple(value.shape) and np.allclose(array, value.numpy())

@@ -20,7 +20,6 @@ difference of moments, is exact to 1e-16 of ‖h‖².
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,32 +27,36 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from onnx_optshift.calibration.source import Batch, Samples
-from onnx_optshift.capture.stream import stream
+from onnx_optshift.capture.stream import Sink, stream
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.report.diagnosis import Collapse, LayerRank
 from onnx_optshift.run.bench import Bench
-from onnx_optshift.run.layers import Layers
+from onnx_optshift.run.layers import LayerFacts
+from onnx_optshift.solve.finish import as_matrix
 from onnx_optshift.solve.spectrum import Spectrum
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.rows import to_rows
 
+_TINY = torch.finfo(torch.float64).tiny
 
-@dataclass(frozen=True)
+
 class Features:
-    """Moments of features `[n, d]` with classes.
+    """Sums over features `[n, d]` of K classes `[K]`, given by their labels in ascending order."""
 
-    Attributes:
-        labels: The K classes present, ascending.
-        counts: Samples of each, `[K]`.
-        sums: Sum of each class's features, `[K, d]`.
-        gram: Second moment of all, `[d, d]`, not divided by n.
-    """
+    def __init__(self, labels: NDArray[np.int64], width: int, device: str = "cpu") -> None:
+        self.labels = labels
+        self.moments = InputMoments(1, width, device)
+        self.sums = self.moments.total.new_zeros(len(labels), width)
+        self.counts = self.sums.new_zeros(len(labels))
 
-    labels: NDArray[np.int64]
-    counts: Tensor
-    sums: Tensor
-    gram: Tensor
+    def update(self, features: Tensor, classes: NDArray[np.int64]) -> None:
+        """Adds features `[n, d]` with their labels `[n]`."""
+        rows = features.to(self.sums)
+        numbers = torch.from_numpy(np.searchsorted(self.labels, classes)).to(rows.device)
+        self.moments.update(rows[None])
+        self.sums.index_add_(0, numbers, rows)
+        self.counts += torch.bincount(numbers, minlength=len(self.labels))
 
     @property
     def means(self) -> Tensor:
@@ -66,42 +69,8 @@ class Features:
         return self.means - self.means.mean(dim=0)
 
 
-class FeatureMoments:
-    """Accumulates features class by class.
-
-    Args:
-        width: d.
-        device: Where the sums live.
-    """
-
-    def __init__(self, width: int, device: str = "cpu") -> None:
-        self._moments = InputMoments(1, width, device)
-        self._sums: dict[int, Tensor] = {}
-        self._counts: dict[int, int] = {}
-
-    def update(self, features: Tensor, classes: NDArray[np.int64]) -> None:
-        """Adds features `[n, d]` with their classes `[n]`."""
-        rows = features.to(self._moments.device, torch.float64)
-        self._moments.update(rows[None])
-        for label in np.unique(classes):
-            chosen = rows[torch.from_numpy(classes == label).to(rows.device)]
-            self._sums[int(label)] = self._sums.get(int(label), 0) + chosen.sum(dim=0)
-            self._counts[int(label)] = self._counts.get(int(label), 0) + len(chosen)
-
-    def features(self) -> Features:
-        """What has been seen."""
-        labels = sorted(self._sums)
-        sums = [self._sums[label] for label in labels]
-        empty = self._moments.total.new_empty(0, self._moments.width)
-        counts = torch.tensor([self._counts[label] for label in labels], dtype=torch.float64)
-        gram = self._moments.gram()[0]
-        stacked = torch.stack(sums) if sums else empty
-        return Features(np.array(labels, dtype=np.int64), counts.to(gram.device), stacked, gram)
-
-
 def variability(features: Features) -> float:
     """NC1. Infinite where class means coincide although features vary."""
-    n = float(features.counts.sum())
     centred = features.centred
     _, singular, directions = torch.linalg.svd(centred, full_matrices=False)
     # Threshold of numpy.linalg.matrix_rank; one direction is always lost to the centring.
@@ -109,9 +78,9 @@ def variability(features: Features) -> float:
     if not bool(kept.any()):
         return math.inf
     directions, singular = directions[kept], singular[kept]
-    projected = features.means @ directions.mT
-    total = (directions @ features.gram * directions).sum(dim=1)
-    within = (total - (features.counts[:, None] * projected.square()).sum(dim=0)).clamp(min=0) / n
+    total = (directions @ features.moments.gram()[0] * directions).sum(dim=1)
+    between = (features.counts[:, None] * (features.means @ directions.mT).square()).sum(dim=0)
+    within = (total - between).clamp(min=0) / features.counts.sum()
     # Σ_B⁺ = K U S⁻² Uᵀ, and the K of NC1's denominator takes this K away.
     return float((within / singular.square()).sum())
 
@@ -151,85 +120,76 @@ def collapse(
     Args:
         bench: Runs the original model.
         samples: The data.
-        classes: Class of each sample, `[n]`.
+        classes: Label of each sample, `[n]`.
         weight: The last linear layer.
         logits: The model output whose argmax is the answer and whose classes are the weight's columns; None when the
             weight is no classifier.
 
     Returns:
-        The figures; None where the layer does not read one row for each sample, or fewer than two classes are there.
+        The figures; None where the layer does not read one finite row for each sample, or there are fewer than two
+        classes.
     """
-    if weight.groups != 1 or len(weight.uses) != 1 or len(np.unique(classes)) < 2:
+    labels, counts = np.unique(classes, return_counts=True)
+    if weight.groups != 1 or len(weight.uses) != 1 or len(labels) < 2:
         return None
     tap = weight.uses[0].tap
-    moments = FeatureMoments(weight.d, bench.device.solve)
+    features = Features(labels, weight.d, bench.device.solve)
+    answers = None if logits is None else _answers(bench, samples, labels, logits)
+    fits, wrong = True, 0
     session = bench.sessions.probe([tap])
-    one_each = True
 
     def add(_: Tap, batch: Batch, activation: Tensor) -> None:
-        nonlocal one_each
+        nonlocal fits
         rows = to_rows(activation, tap)[0]
-        one_each = one_each and len(rows) == len(batch.indices)
-        if one_each and bool(torch.isfinite(rows).all()):
-            moments.update(rows, classes[batch.indices])
+        fits = fits and len(rows) == batch.rows and bool(torch.isfinite(rows).all())
+        if fits:
+            features.update(rows, classes[batch.indices])
 
-    with bench.progress.stage("neural collapse", len(samples)) as advance:
-        stream(session, [tap], samples.batches(bench.batch_size), add, done=advance)
-    features = moments.features()
-    if not one_each or len(features.labels) < 2:
+    def compare(_: Tap, batch: Batch, activation: Tensor) -> None:
+        nonlocal wrong
+        assert answers is not None
+        found = nearest(to_rows(activation, tap)[0], features.means).cpu().numpy()
+        wrong += int((found != answers[batch.indices]).sum())
+
+    def run(sink: Sink) -> None:
+        with bench.progress.stage("neural collapse", len(samples)) as advance:
+            stream(session, [tap], samples.batches(bench.batch_size), sink, done=advance)
+
+    run(add)
+    if not fits:
         return None
-    centred = features.centred
-    columns = _columns(bench, weight, features.labels) if logits is not None else None
+    columns = None
+    if answers is not None:
+        run(compare)
+        columns = as_matrix(bench.model.initializer(weight.name), weight.form, bench.device.solve)[0].mT[labels]
     return Collapse(
         layer=weight.name,
-        classes=len(features.labels),
-        samples=int(features.counts.sum()),
-        counts={str(label): int(n) for label, n in zip(features.labels, features.counts, strict=True)},
+        classes=len(labels),
+        samples=len(samples),
+        counts={str(label): int(count) for label, count in zip(labels, counts, strict=True)},
         nc1=variability(features),
-        nc2_norms=norm_spread(centred),
-        nc2_angles=angle_spread(centred),
+        nc2_norms=norm_spread(features.centred),
+        nc2_angles=angle_spread(features.centred),
         nc2_weight_norms=None if columns is None else norm_spread(columns),
-        nc3=None if columns is None else duality_gap(columns, centred),
-        nc4=None if logits is None else _disagreement(bench, samples, tap, features, logits),
+        nc3=None if columns is None else duality_gap(columns, features.centred),
+        nc4=None if answers is None else wrong / len(samples),
     )
 
 
-def _columns(bench: Bench, weight: Weight, labels: NDArray[np.int64]) -> Tensor:
-    """Classifier columns of the classes that are present, as rows `[K, d]`, float64."""
-    matrix = weight.form.to_matrix(bench.model.initializer(weight.name))[0].astype(np.float64)
-    return torch.from_numpy(np.ascontiguousarray(matrix.T[labels])).to(bench.device.solve)
+def _answers(bench: Bench, samples: Samples, labels: NDArray[np.int64], logits: str) -> NDArray[np.int64]:
+    """The model's answer for each sample among the labels that are there, as their number in them `[n]`."""
+    scores = [outputs[logits].reshape(batch.rows, -1) for batch, outputs in bench.outputs.reference(samples)]
+    return np.concatenate([part[:, labels].argmax(axis=1) for part in scores])
 
 
-def _disagreement(bench: Bench, samples: Samples, tap: Tap, features: Features, logits: str) -> float:
-    """NC4: share of samples whose answer, among the classes present, is not the nearest class mean."""
-    session = bench.sessions.probe([tap])
-    means, wrong, seen = features.means, 0, 0
-    for batch, outputs in bench.outputs.reference(samples):
-        count = len(batch.indices)
-        scores = outputs[logits].reshape(outputs[logits].shape[0], -1)[:count]
-        answers = scores[:, features.labels].argmax(axis=1)
-
-        def judge(_: Tap, __: Batch, activation: Tensor, answers: NDArray[np.int64] = answers) -> None:
-            nonlocal wrong
-            found = nearest(to_rows(activation, tap)[0][: len(answers)], means).cpu().numpy()
-            wrong += int((found != answers).sum())
-
-        stream(session, [tap], [batch], judge)
-        seen += count
-    return wrong / seen
-
-
-def layer_rank(weight: Weight, layers: Layers) -> LayerRank | None:
-    """Directions that a layer's input uses; None without finite rows."""
-    if weight.name not in layers.facts:
-        return None
-    spectrum = layers.spectrum(weight)
+def layer_rank(weight: Weight, facts: LayerFacts, spectrum: Spectrum) -> LayerRank:
+    """Directions that a layer's input uses."""
     return LayerRank(
         name=weight.name,
         d=weight.d,
-        rows=layers.facts[weight.name].rows,
+        rows=facts.rows,
         rank=int((spectrum.eigenvalues > 0).sum(-1).min()),
-        needed=layers.facts[weight.name].rank,
+        needed=facts.rank,
         effective=effective_rank(spectrum),
         stable=stable_rank(spectrum),
     )
@@ -241,11 +201,11 @@ def effective_rank(spectrum: Spectrum) -> float:
     Source: Roy and Vetterli, "The effective rank: a measure of effective dimensionality", EUSIPCO 2007.
     """
     singular = spectrum.eigenvalues.sqrt()
-    shares = singular / singular.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    shares = singular / singular.sum(-1, keepdim=True).clamp(min=_TINY)
     return float(torch.special.entr(shares).sum(-1).exp().mean())
 
 
 def stable_rank(spectrum: Spectrum) -> float:
     """`‖A‖_F² / ‖A‖_2²`, mean over groups; 0 for a group of zeros."""
-    largest = spectrum.eigenvalues[..., :1].clamp(min=torch.finfo(torch.float64).tiny)
+    largest = spectrum.eigenvalues[..., :1].clamp(min=_TINY)
     return float((spectrum.eigenvalues / largest).sum(-1).mean())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +10,6 @@ from onnx_optshift.decide.loss import Loss
 from onnx_optshift.diagnose.collapse import collapse, layer_rank
 from onnx_optshift.diagnose.landscape import loss_of
 from onnx_optshift.diagnose.verdict import JUDGED_AT, Conditions, verdict
-from onnx_optshift.graph.weights import Weight
 from onnx_optshift.report.diagnosis import Diagnosis
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.layers import Layers
@@ -29,21 +26,22 @@ def conditions(bench: Bench, layers: Layers, data: Data) -> Diagnosis:
     """
     samples = data.calibration
     loss = loss_of(bench, samples)
+    facts = layers.survey()
+    ranks = [layer_rank(w, facts[w.name], layers.spectrum(w)) for w in bench.weights if w.name in facts]
     classes, output = _classes(bench, samples, loss)
-    ranks = [rank for weight in bench.weights if (rank := layer_rank(weight, layers)) is not None]
-    known = {rank.name for rank in ranks}
-    gains = [(layers.facts[name].norm ** 2, dict(layers.facts[name].frontier)[JUDGED_AT] ** 2) for name in known]
     features, width = None, None
     if classes is not None and output is not None and bench.weights:
-        width = _width(bench, samples, output)
-        last = _last_layer(bench.weights, width)
-        if last.name in known:
+        batch, outputs = next(iter(bench.outputs.reference(samples)))
+        width = outputs[output].size // batch.rows
+        # The last weight with one column for each class; the last of all where there is none.
+        last = next((weight for weight in reversed(bench.weights) if weight.m == width), bench.weights[-1])
+        if last.name in facts:
             features = collapse(bench, samples, classes, last, output if last.m == width else None)
     labels, counts = np.unique([] if classes is None else classes, return_counts=True)
     answer = verdict(
         Conditions(
             ranks=ranks,
-            gains=gains,
+            gains=[(fact.norm**2, dict(fact.frontier)[JUDGED_AT] ** 2) for fact in facts.values()],
             samples=len(samples),
             synthetic=samples.synthetic,
             counts={str(label): int(count) for label, count in zip(labels, counts, strict=True)},
@@ -62,30 +60,15 @@ def _classes(bench: Bench, samples: Samples, loss: Loss) -> tuple[NDArray[np.int
 
     Both None where the model is no classifier of whole samples.
     """
-    if loss.is_classification:
-        if samples.labels is None or samples.labels.ndim != 1:
-            return None, None
-        return samples.labels.astype(np.int64), loss.output
+    labels = samples.labels
+    if loss.is_classification and labels is not None and labels.ndim == 1:
+        return labels.astype(np.int64), loss.output
     if not loss.is_distance:
         return None, None
     found: list[NDArray[np.int64]] = []
-    name = None
     for batch, outputs in bench.outputs.reference(samples):
-        count = len(batch.indices)
-        fitting = [n for n, v in outputs.items() if v.ndim == 2 and v.shape[0] >= count and v.shape[1] >= 2]
-        if len(outputs) != 1 or not fitting:
+        name, scores = next(iter(outputs.items()))
+        if len(outputs) != 1 or scores.ndim != 2 or scores.shape[0] != batch.rows or scores.shape[1] < 2:
             return None, None
-        name = fitting[0]
-        found.append(outputs[name][:count].argmax(axis=1).astype(np.int64))
+        found.append(scores.argmax(axis=1).astype(np.int64))
     return np.concatenate(found), name
-
-
-def _width(bench: Bench, samples: Samples, output: str) -> int:
-    """Number of classes that an output `[n, k, 1...]` tells apart."""
-    batch, outputs = next(iter(bench.outputs.reference(samples)))
-    return outputs[output].size // len(batch.indices)
-
-
-def _last_layer(weights: Sequence[Weight], width: int) -> Weight:
-    """The last weight with one column for each class; the last of all where there is none."""
-    return next((weight for weight in reversed(weights) if weight.m == width), weights[-1])

@@ -23,25 +23,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.calibration.split import thinned
 from onnx_optshift.decide.loss import Loss
 from onnx_optshift.diagnose.gauss_newton import top_eigenvalue
-from onnx_optshift.diagnose.landscape import PILOTS, Landscape, Matrix, loss_of, rise, smooth_session
-from onnx_optshift.report.diagnosis import Estimate, Flatness, FlatnessReport, LayerFlatness, Sharpness, TopEigenvalue
+from onnx_optshift.diagnose.landscape import PILOTS, Landscape, Matrix, loss_of, smooth_session
+from onnx_optshift.report.diagnosis import Estimate, Flatness, FlatnessReport, LayerFlatness, Sharpness
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.layers import Arrays
 from onnx_optshift.settings import Settings
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.4)
 # Relative flatness and sharpness are judged by eye, not by their third digit: they get fewer probes.
-RELATIVE_SHARE, SHARPNESS_SHARE, FEWEST = 4, 4, 4
+FEWER, FEWEST = 4, 4
 # First differences of the outputs are kept up to this size; probes beyond it do not enter the largest eigenvalue.
 KEPT_COLUMN_BYTES = 256 * 2**20
 FEWEST_PROBES_FOR_EIGENVALUE = 8
@@ -49,15 +48,9 @@ FEWEST_PROBES_FOR_EIGENVALUE = 8
 MOST_FLATNESS_SAMPLES = 512
 DEFAULT_PROBES = 32
 
-
-@dataclass
-class _Layer:
-    """Findings in one layer, `[probes]` each, for the weights before and (where given) after."""
-
-    step: float
-    second: list[list[float]]
-    first: list[list[float]]
-    relative: list[list[float]]
+Figures = NDArray[np.float64]
+Columns = list[list[NDArray[np.float32]]]
+"""First differences of the outputs by probe, one of each layer."""
 
 
 def flatness(
@@ -67,7 +60,7 @@ def flatness(
     arrays_before: Arrays,
     arrays_after: Arrays | None = None,
     *,
-    probes: int = 32,
+    probes: int = DEFAULT_PROBES,
     seed: int = 0,
 ) -> FlatnessReport:
     """Measures flatness at one or two sets of weights.
@@ -82,46 +75,48 @@ def flatness(
         seed: Of the directions.
     """
     start = time.perf_counter()
-    sets = [arrays_before] if arrays_after is None else [arrays_before, arrays_after]
     session = smooth_session(bench)
+    sets = [arrays_before] if arrays_after is None else [arrays_before, arrays_after]
     places = [Landscape(bench, session, samples, loss, arrays) for arrays in sets]
-    names = [weight.name for weight in bench.weights]
-    directions = Directions(names, places[0], seed)
-    noise = places[0].noise({name: directions.signs(name, 0) * places[0].scale(name) for name in names})
-    kept_probes = min(probes, KEPT_COLUMN_BYTES // max(1, 4 * len(names) * places[0].output_size()))
-    columns: list[list[list[NDArray[np.float32]]]] = [[[] for _ in range(kept_probes)] for _ in places]
-    layers: dict[str, _Layer] = {}
-    fewer = max(FEWEST, probes // RELATIVE_SHARE)
+    first, names = places[0], list(places[0].matrices)
+    directions = Directions(first, seed)
+    noise = first.noise({name: directions.signs(name, 0) * first.scale(name) for name in names})
+    steps = {name: first.step(name, [directions.signs(name, k) for k in range(PILOTS)], noise) for name in names}
+    fewer = max(FEWEST, probes // FEWER)
+    kept = min(probes, KEPT_COLUMN_BYTES // max(1, 4 * len(names) * first.output_size()))
+    columns: list[Columns] = [[[] for _ in range(kept)] for _ in places]
+    # By layer, what both sets of weights show, `[places, probes]`.
+    hessian, gauss_newton, relative = (
+        {name: np.zeros((len(places), n)) for name in names} for n in (probes, probes, fewer)
+    )
     with bench.progress.stage("flatness", len(names) * len(places) * (probes + fewer)) as advance:
         for name in names:
-            pilots = [directions.signs(name, k) for k in range(PILOTS)]
-            layer = _Layer(places[0].step(name, pilots, noise), [], [], [])
-            for place, kept in zip(places, columns, strict=True):
-                second, first = _trace(place, name, layer.step, probes, directions, kept, advance)
-                layer.second.append(second)
-                layer.first.append(first)
-                layer.relative.append(_relative(place, name, layer.step, fewer, directions, advance))
-            layers[name] = layer
-    draws = max(FEWEST, probes // SHARPNESS_SHARE)
-    rises = [_sharpness(bench, samples, loss, place, draws, directions) for place in places]
-    tops = [_top(kept, place.count) if names else None for kept, place in zip(columns, places, strict=True)]
+            for k, place in enumerate(places):
+                traces = _traces(place, name, steps[name], probes, directions, columns[k], advance)
+                hessian[name][k], gauss_newton[name][k] = traces
+                relative[name][k] = _relative(place, name, steps[name], fewer, directions, advance)
+    rises = np.array([_sharpness(place, fewer, directions) for place in places])
+    tops = [
+        top_eigenvalue(found, place.count) if kept >= FEWEST_PROBES_FOR_EIGENVALUE else None
+        for found, place in zip(columns, places, strict=True)
+    ]
     return FlatnessReport(
         loss=loss.name,
-        samples=places[0].count,
+        samples=first.count,
         probes=probes,
         seed=seed,
         noise=noise,
-        loss_before=places[0].value,
+        loss_before=first.value,
         loss_after=places[1].value if len(places) > 1 else None,
-        trace=_summed([layer.second for layer in layers.values()]),
-        gauss_newton=_summed([layer.first for layer in layers.values()]),
+        trace=_compared(sum(hessian.values())),
+        gauss_newton=_compared(sum(gauss_newton.values())),
         layers=tuple(
-            LayerFlatness(name, places[0].matrices[name].size, layer.step, _both(layer.second), _both(layer.relative))
-            for name, layer in layers.items()
+            LayerFlatness(
+                name, first.matrices[name].size, steps[name], _compared(hessian[name]), _compared(relative[name])
+            )
+            for name in names
         ),
-        sharpness=tuple(
-            Sharpness(sigma, _both([rise[k] for rise in rises])) for k, sigma in enumerate(SIGMAS if names else ())
-        ),
+        sharpness=tuple(Sharpness(sigma, _compared(rises[..., k])) for k, sigma in enumerate(SIGMAS)),
         top_before=tops[0],
         top_after=tops[1] if len(tops) > 1 else None,
         seconds=time.perf_counter() - start,
@@ -131,14 +126,9 @@ def flatness(
 def flatness_of(
     bench: Bench, samples: Samples, settings: Settings, arrays: Arrays | None, probes: int | None = None
 ) -> FlatnessReport:
-    """Flatness of the original, and of trial weights where there are any, on some of the samples.
+    """Flatness of the original, and of trial weights where there are any, on at most `MOST_FLATNESS_SAMPLES`.
 
-    Args:
-        bench: Runs the model.
-        samples: Thinned to `MOST_FLATNESS_SAMPLES`.
-        settings: `flatness` probes, and the seed.
-        arrays: Trial weights by initializer name.
-        probes: Instead of the settings' number.
+    The settings give the seed, and the number of probes unless one is given.
     """
     few = thinned(samples, MOST_FLATNESS_SAMPLES, settings.seed)
     count = settings.flatness or DEFAULT_PROBES if probes is None else probes
@@ -146,11 +136,11 @@ def flatness_of(
 
 
 class Directions:
-    """Seeded directions: the same for the same layer and number, whatever else was drawn."""
+    """Seeded directions in a landscape's weights: the same for the same layer and number, whatever else was drawn."""
 
-    def __init__(self, names: Sequence[str], place: Landscape, seed: int) -> None:
-        self._numbers = {name: k for k, name in enumerate(names)}
-        self._shapes = {name: place.matrices[name].shape for name in names}
+    def __init__(self, place: Landscape, seed: int) -> None:
+        self._numbers = {name: number for number, name in enumerate(place.matrices)}
+        self._shapes = {name: matrix.shape for name, matrix in place.matrices.items()}
         self._seed = seed
 
     def signs(self, name: str, probe: int) -> Matrix:
@@ -167,26 +157,24 @@ class Directions:
         return np.random.default_rng([self._seed, kind, self._numbers[name], probe])
 
 
-def _trace(
+def _traces(
     place: Landscape,
     name: str,
     step: float,
     probes: int,
     directions: Directions,
-    columns: list[list[NDArray[np.float32]]],
+    columns: Columns,
     advance: Callable[[int], None],
-) -> tuple[list[float], list[float]]:
-    """zᵀHz and zᵀGz for each probe; the first probes' columns are kept."""
-    second, first = [], []
+) -> Figures:
+    """zᵀHz and zᵀGz of each probe `[2, probes]`; the first probes' columns are kept."""
+    found = np.zeros((2, probes))
     for probe in range(probes):
-        found = place.differences({name: directions.signs(name, probe)}, step, root=True)
-        assert found.root is not None
-        second.append(found.second)
-        first.append(float(np.square(found.root, dtype=np.float64).sum()) / place.count)
+        second, root = place.differences({name: directions.signs(name, probe)}, step, root=True)
+        found[:, probe] = second, np.square(root, dtype=np.float64).sum() / place.count
         if probe < len(columns):
-            columns[probe].append(found.root)
+            columns[probe].append(root)
         advance(1)
-    return second, first
+    return found
 
 
 def _relative(
@@ -206,44 +194,25 @@ def _relative(
     return found
 
 
-def _sharpness(
-    bench: Bench, samples: Samples, loss: Loss, place: Landscape, draws: int, directions: Directions
-) -> list[list[float]]:
-    """Rise of the loss for each σ and each pair of draws ±z."""
-    rises: list[list[float]] = [[] for _ in SIGMAS]
-    signed = [sign * sigma for sigma in SIGMAS for sign in (1, -1)]
+def _sharpness(place: Landscape, draws: int, directions: Directions) -> Figures:
+    """Rise of the loss for each pair of draws ±z and each σ, `[draws, sigmas]`."""
+    found = []
     for draw in range(draws):
         z = {name: directions.filters(name, draw, matrix) for name, matrix in place.matrices.items()}
-        noises = (place.moved(z, sigma) for sigma in signed)
-        found = rise(bench, samples, loss, place.moved({}, 0.0), list(noises))
-        for k, pairs in enumerate(rises):
-            pairs.append((found[2 * k] + found[2 * k + 1]) / 2)
-    return rises
+        found.append(place.rises([place.moved(z, sign * sigma) for sigma in SIGMAS for sign in (1, -1)]))
+    return np.asarray(np.reshape(found, (draws, len(SIGMAS), 2)).mean(axis=2))
 
 
-def _top(columns: list[list[NDArray[np.float32]]], count: int) -> TopEigenvalue | None:
-    return top_eigenvalue(columns, count) if len(columns) >= FEWEST_PROBES_FOR_EIGENVALUE else None
-
-
-def _summed(layers: Sequence[Sequence[Sequence[float]]]) -> Flatness:
-    """The total of all layers, probe by probe."""
-    if not layers:
-        return Flatness(Estimate(0.0, 0.0))
-    return _both(np.sum(np.asarray(layers), axis=0).tolist())
-
-
-def _both(found: Sequence[Sequence[float]]) -> Flatness:
-    before = np.asarray(found[0])
-    if len(found) == 1:
+def _compared(found: ArrayLike) -> Flatness:
+    """Figures `[places, probes]` before and, where there is a second place, after, with the change probe by probe."""
+    before, *after = np.asarray(found, np.float64)
+    if not after:
         return Flatness(_estimate(before))
-    after = np.asarray(found[1])
     with np.errstate(invalid="ignore"):  # infinity less infinity is no number, and that is what to report
-        change = after - before
-    return Flatness(_estimate(before), _estimate(after), _estimate(change))
+        return Flatness(_estimate(before), _estimate(after[0]), _estimate(after[0] - before))
 
 
-def _estimate(values: NDArray[np.float64]) -> Estimate:
-    if len(values) < 2 or not np.isfinite(values).all():
-        # A sample whose original output is 0 is infinitely far, relatively, once it moves.
-        return Estimate(float(values.sum()) / len(values), None)
-    return Estimate(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values)))
+def _estimate(values: Figures) -> Estimate:
+    # A sample whose original output is 0 is infinitely far, relatively, once it moves.
+    certain = len(values) > 1 and bool(np.isfinite(values).all())
+    return Estimate(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values)) if certain else None)

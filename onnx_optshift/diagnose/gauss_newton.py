@@ -28,14 +28,9 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 
 def output_root(
-    loss: Loss,
-    outputs: Outputs,
-    reference: Outputs,
-    slopes: Outputs,
-    samples: int,
-    labels: NDArray[Any] | None,
+    loss: Loss, outputs: Outputs, reference: Outputs, slopes: Outputs, samples: int, labels: NDArray[Any] | None
 ) -> NDArray[np.float64]:
-    """`B dy` of one batch, with `‖B dy‖² = dyᵀ H_out dy` for each sample's loss.
+    """`B dy` `[samples, k]` of one batch, with `‖B dy‖² = dyᵀ H_out dy` for each sample's loss.
 
     Cross-entropy of logits has `H_out = diag(p) - ppᵀ`, so `B dy = √p (dy - pᵀdy)`; seen from probabilities, whose
     change is `dp = p (dy - pᵀdy)`, this is `dp/√p`.
@@ -45,26 +40,20 @@ def output_root(
         outputs: Outputs y at the centre.
         reference: The original model's outputs, which the distance is relative to.
         slopes: dy: derivatives of the outputs along a direction.
-        samples: Samples in the batch; rows beyond it are padding.
+        samples: Samples in the batch.
         labels: Of the batch; their number is that of positions.
-
-    Returns:
-        `[samples, k]`.
     """
     if loss.output is None or labels is None:
         pieces = []
-        for name, dy in slopes.items():
-            rows = samples if dy.ndim > 0 and dy.shape[0] >= samples else 1
-            flat = np.nan_to_num(dy[: samples if rows > 1 else None].reshape(rows, -1))
-            base = np.nan_to_num(reference[name].astype(np.float64)[: samples if rows > 1 else None].reshape(rows, -1))
+        for name, slope in slopes.items():
+            dy, base = (_by_sample(value, samples) for value in (slope, reference[name]))
             scale = np.square(base).sum(axis=1, keepdims=True)
             factor = np.sqrt(np.divide(2.0, len(slopes) * scale, out=np.zeros_like(scale), where=scale > 0))
-            pieces.append(np.broadcast_to(flat * factor, (samples, flat.shape[1])))
+            pieces.append(np.broadcast_to(dy * factor, (samples, dy.shape[1])))
         return np.concatenate(pieces, axis=1)
-    dy = slopes[loss.output][:samples]
+    dy = slopes[loss.output][:samples].reshape(samples, -1)
     if loss.kind == "squared":
-        flat = dy.reshape(samples, -1)
-        return np.asarray(np.sqrt(2 / flat.shape[1]) * flat)
+        return np.asarray(np.sqrt(2 / dy.shape[1]) * dy)
     positions = labels.size // samples
     dy = dy.reshape(samples * positions, -1)
     y = outputs[loss.output].astype(np.float64)[:samples].reshape(dy.shape)
@@ -77,13 +66,15 @@ def output_root(
     return np.asarray(root.reshape(samples, -1) / np.sqrt(positions))
 
 
-def top_eigenvalue(columns: Sequence[Sequence[NDArray[np.float32]]], count: int) -> TopEigenvalue:
-    """Bracket of G's largest eigenvalue.
+def _by_sample(value: NDArray[Any], samples: int) -> NDArray[np.float64]:
+    """An output as `[samples, k]`, or `[1, k]` where it does not depend on the sample."""
+    value = np.nan_to_num(value.astype(np.float64))
+    many = samples > 1 and value.ndim > 0 and value.shape[0] >= samples
+    return value[:samples].reshape(samples, -1) if many else value.reshape(1, -1)
 
-    Args:
-        columns: `B Jz` `[n k]` for each probe (at least 2), for each layer.
-        count: n, samples.
-    """
+
+def top_eigenvalue(columns: Sequence[Sequence[NDArray[np.float32]]], count: int) -> TopEigenvalue:
+    """Bracket of G's largest eigenvalue, from `B Jz` `[n k]` for each probe (at least 2) and layer, n given."""
     probes = len(columns)
     stacked = np.stack([column for probe in columns for column in probe]) / np.sqrt(np.float32(count))
     gram = (stacked @ stacked.T).astype(np.float64)

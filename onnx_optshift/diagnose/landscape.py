@@ -8,7 +8,7 @@ Saunders and Wright, "Computing forward-difference intervals for numerical optim
 of about a hundredth of a weight's root mean square, where truncation is no more than rounding (measured).
 
 Runs go through a copy of the model whose kinks decide as at the centre (`graph.smooth_piece`): there is no Taylor
-series across them. So the figures are those of automatic differentiation; noise that crosses kinks is `rise`'s.
+series across them. So the figures are those of automatic differentiation; noise that crosses kinks is `rises`'.
 
 ε is measured by a table of differences (Hamming 1962; Moré and Wild, "Estimating computational noise", SIAM J. Sci.
 Comput. 33, 2011): over points so close that any smooth function is a low-degree polynomial, the fourth differences
@@ -18,8 +18,8 @@ hold nothing but noise, of variance `8!/(4!)² ε² = 70 ε²`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ from onnx_optshift.solve.problem import ROUNDING_UNIT
 
 Matrix = NDArray[np.float64]
 Directions = Mapping[str, Matrix]
+"""z by initializer, `[g, d, m]` each; weights that are missing stay."""
 
 # Near the lower end of the interval that Gill et al. accept: L(w) is computed once, so that its error is the same for
 # every probe and does not average out.
@@ -49,17 +50,11 @@ _TABLE_POINTS, _TABLE_ORDER = 9, 4
 _TABLE_VARIANCE = math.factorial(2 * _TABLE_ORDER) / math.factorial(_TABLE_ORDER) ** 2
 
 
-@dataclass(frozen=True)
-class Differences:
-    """What two runs, at w + hz and w - hz, tell.
+class Differences(NamedTuple):
+    """What two runs, at w + hz and w - hz, tell."""
 
-    Attributes:
-        second: zᵀHz, up to truncation and rounding.
-        root: `B Jz` over all samples, `[n k]`, float32, where JᵀBᵀBJ/n is the Gauss-Newton matrix; None unless asked.
-    """
-
-    second: float
-    root: NDArray[np.float32] | None
+    second: float  # zᵀHz, up to truncation and rounding
+    root: NDArray[np.float32]  # `B Jz` over all samples `[n k]`, JᵀBᵀBJ/n the Gauss-Newton matrix; empty unless asked
 
 
 def loss_of(bench: Bench, samples: Samples) -> Loss:
@@ -72,26 +67,6 @@ def loss_of(bench: Bench, samples: Samples) -> Loss:
     return choose_loss(outputs, batch.labels if samples.labels is None else samples.labels, _rows(batch))
 
 
-def rise(bench: Bench, samples: Samples, loss: Loss, arrays: Arrays, noises: Sequence[Arrays]) -> list[float]:
-    """How much the mean loss of the model itself rises when weights are replaced, for several replacements.
-
-    Args:
-        bench: Runs the model, kinks and all.
-        samples: What the mean is over.
-        loss: The loss.
-        arrays: All weights at the centre.
-        noises: All weights, with noise.
-    """
-    sums = np.zeros(1 + len(noises))
-    count = 0
-    for batch, reference in bench.outputs.reference(samples):
-        for k, weights in enumerate([arrays, *noises]):
-            outputs = bench.outputs.run(batch, weights)
-            sums[k] += loss.per_sample(outputs, reference, batch.labels, _rows(batch))[0].sum()
-        count += _rows(batch)
-    return [float(total - sums[0]) / count for total in sums[1:]]
-
-
 def smooth_session(bench: Bench) -> Session:
     """A session whose weights can be fed and whose kinks decide as at the centre."""
     return bench.sessions.open(smooth_piece_model(bench.model, [weight.name for weight in bench.weights]))
@@ -102,7 +77,7 @@ class Landscape:
 
     Args:
         bench: Runs the model; its weights are the coordinates.
-        session: The model that stays on one smooth piece; one session serves every centre.
+        session: Of `smooth_session`; one serves every centre.
         samples: What the mean is over.
         loss: The loss.
         arrays: The centre where it differs from the original weights.
@@ -118,79 +93,75 @@ class Landscape:
         self._session = session
         self._samples = samples
         self._loss = loss
+        self._weights = {weight.name: weight for weight in bench.weights}
         # All weights are fed in every run, so that the runtime folds and fuses the same way in each.
-        self._center = {w.name: arrays.get(w.name, bench.model.initializer(w.name)) for w in bench.weights}
+        self._center = {name: arrays.get(name, bench.model.initializer(name)) for name in self._weights}
         self._anchor = {name + CENTER: array for name, array in self._center.items()}
-        self._weights = {w.name: w for w in bench.weights}
         self.matrices: dict[str, Matrix] = {
-            w.name: np.ascontiguousarray(w.form.to_matrix(self._center[w.name]), dtype=np.float64)
-            for w in bench.weights
+            name: np.ascontiguousarray(weight.form.to_matrix(self._center[name]), dtype=np.float64)
+            for name, weight in self._weights.items()
         }
         self._outputs: list[Values] = []
-        self.count = 0
-        self.value = self._start()
+        self.count, total = 0, 0.0
+        for batch, reference, (outputs,) in self._runs(self._center):
+            total += self._losses(batch, reference, outputs)
+            self.count += _rows(batch)
+            names = [loss.output] if loss.output is not None else list(outputs)
+            self._outputs.append({n: outputs[n] for n in names if np.issubdtype(outputs[n].dtype, np.floating)})
+        self.value = total / self.count
+
+    def moved(self, directions: Directions, step: float) -> Arrays:
+        """All weights at `w + step z`, in their own dtype and shape."""
+        arrays = dict(self._center)
+        for name, direction in directions.items():
+            moved = self._weights[name].form.from_matrix(self.matrices[name] + step * direction)
+            arrays[name] = moved.astype(self._center[name].dtype)
+        return arrays
 
     def at(self, directions: Directions, step: float) -> float:
-        """Mean loss at `w + step z`, z given for the weights that move, `[g, d, m]` each."""
-        moved = self.moved(directions, step)
-        total = 0.0
+        """Mean loss at `w + step z`."""
+        runs = self._runs(self.moved(directions, step))
+        return sum(self._losses(batch, reference, outputs) for batch, reference, (outputs,) in runs) / self.count
+
+    def rises(self, trials: Sequence[Arrays]) -> list[float]:
+        """How much the mean loss of the model itself, kinks and all, rises with each of several sets of all weights."""
+        sums = np.zeros(1 + len(trials))
         for batch, reference in self._bench.outputs.reference(self._samples):
-            total += float(self._losses(batch, self._run(batch, moved), reference).sum())
-        return total / self.count
+            for k, arrays in enumerate([self._center, *trials]):
+                sums[k] += self._losses(batch, reference, self._bench.outputs.run(batch, arrays))
+        return [float(total - sums[0]) / self.count for total in sums[1:]]
 
     def differences(self, directions: Directions, step: float, *, root: bool = False) -> Differences:
-        """Central differences along z.
-
-        Args:
-            directions: z by initializer, `[g, d, m]`; weights that are missing stay.
-            step: h.
-            root: Whether to keep the first difference of the outputs too.
-        """
-        up, down = self.moved(directions, step), self.moved(directions, -step)
-        total, pieces = 0.0, []
-        for (batch, reference), center in zip(self._bench.outputs.reference(self._samples), self._outputs, strict=True):
-            above, below = self._run(batch, up), self._run(batch, down)
-            losses = self._losses(batch, above, reference) + self._losses(batch, below, reference)
-            total += float(losses.sum())
+        """Central differences along z with the step h; of the outputs too where their root is asked for."""
+        total, pieces = 0.0, [np.empty(0)]
+        sides = self._runs(self.moved(directions, step), self.moved(directions, -step))
+        for (batch, reference, (above, below)), center in zip(sides, self._outputs, strict=True):
+            total += self._losses(batch, reference, above) + self._losses(batch, reference, below)
             if root:
                 slopes = {name: (above[name].astype(np.float64) - below[name]) / (2 * step) for name in center}
-                pieces.append(output_root(self._loss, center, reference, slopes, _rows(batch), batch.labels))
-        kept = np.concatenate([piece.ravel() for piece in pieces]).astype(np.float32) if root else None
-        return Differences((total / self.count - 2 * self.value) / step**2, kept)
+                pieces.append(output_root(self._loss, center, reference, slopes, _rows(batch), batch.labels).ravel())
+        second = (total / self.count - 2 * self.value) / step**2
+        return Differences(second, np.concatenate(pieces).astype(np.float32))
 
     def noise(self, directions: Directions) -> float:
-        """ε: standard deviation of the computed mean loss around a smooth function.
-
-        Args:
-            directions: z by initializer, each of about the size of its weight.
-        """
+        """ε: standard deviation of the computed mean loss around a smooth function; z of about the weights' size."""
         unit = max(ROUNDING_UNIT[weight.dtype] for weight in self._weights.values())
         spacing = 2 * FEWEST_UNITS * unit
-        values = [self.at(directions, k * spacing) for k in range(_TABLE_POINTS)]
-        table = np.diff(values, _TABLE_ORDER)
+        table = np.diff([self.at(directions, k * spacing) for k in range(_TABLE_POINTS)], _TABLE_ORDER)
         measured = math.sqrt(float(np.square(table).mean()) / _TABLE_VARIANCE)
         # A loss of exactly 0, as the distance to itself has, shows no noise at its minimum.
         return max(measured, float(np.finfo(np.float64).eps) * abs(self.value), float(np.finfo(np.float32).tiny))
 
-    def step(self, name: str, directions: Sequence[Matrix], noise: float) -> float:
-        """The step h for second differences in one weight, from noise and curvature along a few directions of ±1.
-
-        Args:
-            name: The initializer.
-            directions: z `[g, d, m]` each.
-            noise: ε.
-        """
+    def step(self, name: str, pilots: Sequence[Matrix], noise: float) -> float:
+        """The step h for second differences in one weight, from ε and the curvature along a few directions of ±1."""
         scale = self.scale(name)
         least = FEWEST_UNITS * ROUNDING_UNIT[self._weights[name].dtype] * scale
         step = max(FIRST_STEP * scale, least)
         for _ in range(4):
-            found = [abs(self.differences({name: z}, step).second) for z in directions[:PILOTS]]
-            curvature = float(np.median(found))
+            curvature = float(np.median([abs(self.differences({name: z}, step).second) for z in pilots]))
             wanted = math.sqrt(4 * noise / (ROUNDING_SHARE * curvature)) if curvature > 0 else math.inf
-            wanted = min(max(wanted, least), LARGEST_STEP * scale)
-            settled = 0.5 < wanted / step < 2
-            step = wanted
-            if settled:
+            before, step = step, min(max(wanted, least), LARGEST_STEP * scale)
+            if 0.5 < step / before < 2:
                 break
         return step
 
@@ -203,32 +174,17 @@ class Landscape:
         """Length of the `root` of one direction."""
         return sum(value.size for outputs in self._outputs for value in outputs.values())
 
-    def _start(self) -> float:
-        total = 0.0
+    def _runs(self, *sets: Arrays) -> Iterator[tuple[Batch, Values, list[Values]]]:
+        """Each batch with the original's outputs, and those of every set of all weights on the smooth piece."""
         for batch, reference in self._bench.outputs.reference(self._samples):
-            outputs = self._run(batch, self._center)
-            losses = self._losses(batch, outputs, reference)
-            total += float(losses.sum())
-            self.count += len(losses)
-            names = [self._loss.output] if self._loss.output is not None else list(outputs)
-            self._outputs.append({n: outputs[n] for n in names if np.issubdtype(outputs[n].dtype, np.floating)})
-        return total / self.count
+            feeds = {**batch.feeds, **self._anchor}
+            yield batch, reference, [real_outputs(self._session.run({**feeds, **s}), batch) for s in sets]
 
-    def moved(self, directions: Directions, step: float) -> Arrays:
-        """All weights at `w + step z`, in their own dtype and shape."""
-        arrays = dict(self._center)
-        for name, direction in directions.items():
-            form, before = self._weights[name].form, self._center[name]
-            arrays[name] = form.from_matrix(self.matrices[name] + step * direction).astype(before.dtype)
-        return arrays
-
-    def _run(self, batch: Batch, arrays: Arrays) -> Values:
-        return real_outputs(self._session.run({**batch.feeds, **self._anchor, **arrays}), batch)
-
-    def _losses(self, batch: Batch, outputs: Values, reference: Values) -> NDArray[np.float64]:
-        return self._loss.per_sample(outputs, reference, batch.labels, _rows(batch))[0]
+    def _losses(self, batch: Batch, reference: Values, outputs: Values) -> float:
+        """Sum of the losses of a batch."""
+        return float(self._loss.per_sample(outputs, reference, batch.labels, _rows(batch))[0].sum())
 
 
 def _rows(batch: Batch) -> int:
     """Rows of outputs that have a loss of their own: a single feed may bring one label for each of its rows."""
-    return len(batch.indices) if batch.labels is None else len(batch.labels)
+    return batch.rows if batch.labels is None else len(batch.labels)

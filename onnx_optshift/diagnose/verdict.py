@@ -5,7 +5,7 @@ Nothing here decides what is written; the held-out gate does. The checklist says
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from onnx_optshift.report.diagnosis import FAIL, GO, NO_GO, PASS, TRY_SMALL, WARN, Check, Collapse, LayerRank, Verdict
@@ -25,31 +25,18 @@ WORTH_IT, HARDLY = 0.9, 0.98
 
 @dataclass(frozen=True)
 class Conditions:
-    """What is known about a model and its data before anything is shifted.
+    """What is known about a model and its data before anything is shifted."""
 
-    Attributes:
-        ranks: Of every layer with finite rows.
-        gains: Layer by layer `(‖V‖², ‖W‖² / ‖V‖² at a residual of `JUDGED_AT`)`.
-        samples: Calibration samples.
-        synthetic: Whether they are made up.
-        counts: Samples of each class present; empty where there are no classes.
-        classes: Classes that the model tells apart; None where it is no classifier.
-        labelled: Whether the classes are labels; else the model's own answers.
-        collapse: At the last linear layer; None where it could not be measured.
-        judges: Held-out samples; 0 without any.
-        judges_given: Whether they were given, not split off.
-    """
-
-    ranks: Sequence[LayerRank]
-    gains: Sequence[tuple[float, float]]
-    samples: int
-    synthetic: bool
-    counts: Mapping[str, int]
-    classes: int | None
-    labelled: bool
-    collapse: Collapse | None
-    judges: int
-    judges_given: bool
+    ranks: Sequence[LayerRank]  # of every layer with finite rows
+    gains: Sequence[tuple[float, float]]  # layer by layer (‖V‖², ‖W‖² / ‖V‖² at a residual of `JUDGED_AT`)
+    samples: int  # of calibration data
+    synthetic: bool  # whether they are made up
+    counts: Mapping[str, int]  # samples of each class present; empty where there are no classes
+    classes: int | None  # that the model tells apart; None where it is no classifier
+    labelled: bool  # whether the classes are labels; else the model's own answers
+    collapse: Collapse | None  # at the last linear layer; None where it could not be measured
+    judges: int  # held-out samples; 0 without any
+    judges_given: bool  # whether they were given, not split off
 
 
 def verdict(conditions: Conditions) -> Verdict:
@@ -61,14 +48,8 @@ def verdict(conditions: Conditions) -> Verdict:
     if not conditions.ranks:
         check = Check("layers", FAIL, "no layer that could be shifted got finite rows", "See inspect for the reasons.")
         return Verdict(NO_GO, "There is nothing to shift.", (check,))
-    general = [_rows(conditions), _freedom(conditions), _heldout(conditions)]
-    stochastic = []
-    if conditions.classes:
-        general.insert(1, _present(conditions, conditions.classes))
-        stochastic.append(_batch(conditions, conditions.classes))
-    if conditions.collapse is not None:
-        stochastic.append(_collapsed(conditions.collapse))
-    checks = (*general, *stochastic)
+    general = [_rows(conditions), *_present(conditions), _freedom(conditions), _heldout(conditions)]
+    checks = (*general, *_batch(conditions), *_collapsed(conditions.collapse))
     failed = [check.name for check in checks if check.status == FAIL]
     warned = [check.name for check in general if check.status == WARN]
     if failed:
@@ -92,18 +73,19 @@ def _rows(conditions: Conditions) -> Check:
     return Check(name, WARN, figure, advice)
 
 
-def _present(conditions: Conditions, classes: int) -> Check:
-    name = "every class present"
-    seen = len(conditions.counts)
+def _present(conditions: Conditions) -> Iterator[Check]:
+    name, classes, counts = "every class present", conditions.classes, conditions.counts.values()
+    if not classes:
+        return
+    seen = len(counts)
     origin = "labels" if conditions.labelled else "the model's own answers"
-    fewest = min(conditions.counts.values(), default=0)
-    figure = (
-        f"{seen} of {classes} classes by {origin}; {fewest} to {max(conditions.counts.values(), default=0)} samples"
-    )
-    if seen == classes:
-        return Check(name, PASS, figure)
+    few, many = min(counts, default=0), max(counts, default=0)
+    figure = f"{seen} of {classes} classes by {origin}; {few} to {many} samples"
     advice = f"Add samples of the other {classes - seen}: a class that calibration never shows may lose its answers."
-    return Check(name, FAIL if seen < (1 - MOST_MISSING) * classes else WARN, figure, advice)
+    if seen == classes:
+        yield Check(name, PASS, figure)
+    else:
+        yield Check(name, FAIL if seen < (1 - MOST_MISSING) * classes else WARN, figure, advice)
 
 
 def _freedom(conditions: Conditions) -> Check:
@@ -135,26 +117,32 @@ def _heldout(conditions: Conditions) -> Check:
     return Check(name, WARN, figure, f"Give at least {ENOUGH_JUDGES}: fewer cannot show a harm of a point or two.")
 
 
-def _batch(conditions: Conditions, classes: int) -> Check:
+def _batch(conditions: Conditions) -> Iterator[Check]:
     name = "stochastic: B >= classes"
+    if not conditions.classes:
+        return
     seen = max(1, len(conditions.counts))
-    width = conditions.collapse and next(r.d for r in conditions.ranks if r.name == conditions.collapse.layer)
-    last = width or max(rank.d for rank in conditions.ranks)
+    widths = {rank.name: rank.d for rank in conditions.ranks}
+    last = widths[conditions.collapse.layer] if conditions.collapse else max(widths.values())
     most = min(last - 1, conditions.samples)
     figure = f"B may be {seen} to {most}: classes seen, and less than the last layer's width {last} or the samples"
     if most < seen:
-        return Check(name, WARN, figure, "Leave --stochastic out: a batch of every class leaves no freedom.")
-    if seen < classes:
-        return Check(name, WARN, figure, "A batch can hold only classes that are there.")
-    return Check(name, PASS, figure)
+        yield Check(name, WARN, figure, "Leave --stochastic out: a batch of every class leaves no freedom.")
+    elif seen < conditions.classes:
+        yield Check(name, WARN, figure, "A batch can hold only classes that are there.")
+    else:
+        yield Check(name, PASS, figure)
 
 
-def _collapsed(collapse: Collapse) -> Check:
+def _collapsed(collapse: Collapse | None) -> Iterator[Check]:
     name = "stochastic: features collapsed"
+    if collapse is None:
+        return
     nc4 = "" if collapse.nc4 is None else f", NC4 {100 * collapse.nc4:.1f} %"
     figure = f"NC1 {collapse.nc1:.3g}{nc4} at the input of {collapse.layer}"
     if collapse.nc1 <= COLLAPSED:
-        return Check(name, PASS, figure)
-    if collapse.nc1 <= LOOSE:
-        return Check(name, WARN, figure, "Take a large B, and let held-out data choose the draw.")
-    return Check(name, WARN, figure, "Take a tolerance on all samples instead of --stochastic.")
+        yield Check(name, PASS, figure)
+    elif collapse.nc1 <= LOOSE:
+        yield Check(name, WARN, figure, "Take a large B, and let held-out data choose the draw.")
+    else:
+        yield Check(name, WARN, figure, "Take a tolerance on all samples instead of --stochastic.")
