@@ -23,6 +23,7 @@ from onnx_optshift.errors import DeviceError, InputError
 
 # Has ONNX Runtime (1.24 and newer) tell which node runs where.
 _RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
+_CANNOT_RUN = "ONNX Runtime cannot run the model"
 # "/path/in/the/build/file.cc:123 namespace::Function(arguments) " in front of what ONNX Runtime has to say.
 _SOURCE = re.compile(r"\S+\.(?:cc|cpp|h|cu):\d+\s+(?:[\w\s:<>,&*~]*\((?:[^()]|\([^()]*\))*\)(?:\s*const)?\s*)?")
 
@@ -100,12 +101,11 @@ class Session:
         if threads is not None:
             options.intra_op_num_threads = threads
         if custom_op_library is not None:
-            _register(options, custom_op_library)
-        source = model if isinstance(model, bytes) else str(model)
-        try:
+            with _told(f"--custom-op-library {custom_op_library}: ONNX Runtime cannot load it"):
+                options.register_custom_ops_library(custom_op_library)
+        with _told("ONNX Runtime cannot load the model"):
+            source = model if isinstance(model, bytes) else str(model)
             self._session = ort.InferenceSession(source, options, providers=device.options)
-        except Exception as error:
-            raise InputError(f"ONNX Runtime cannot load the model: {_reason(error)}") from error
         took = self._session.get_providers()
         if device.capture not in took:
             raise DeviceError(
@@ -156,7 +156,7 @@ class Session:
 
     def _run(self, feeds: Mapping[str, NDArray[Any]], names: list[str]) -> list[Any]:
         """Results on the host: arrays, sequences, maps; bfloat16 as tensors, which numpy lacks."""
-        with _running(feeds):
+        with _told(_CANNOT_RUN, feeds):
             if self._bfloat16.isdisjoint([*feeds, *names]):
                 return list(self._session.run(names, dict(feeds)))
             values = self._session.run_with_ort_values(names, {n: self._ort_value(n, a) for n, a in feeds.items()})
@@ -164,7 +164,7 @@ class Session:
 
     def _run_bound(self, feeds: Mapping[str, NDArray[Any]], names: list[str]) -> list[torch.Tensor]:
         """Results on the GPU that computed them."""
-        with _running(feeds):
+        with _told(_CANNOT_RUN, feeds):
             binding = self._session.io_binding()
             for name, array in feeds.items():
                 binding.bind_ortvalue_input(name, self._ort_value(name, array))
@@ -197,27 +197,18 @@ def versions() -> tuple[str, str]:
     return str(_runtime().__version__), str(torch.__version__)
 
 
-def _register(options: Any, library: str) -> None:
-    try:
-        options.register_custom_ops_library(library)
-    except Exception as error:
-        raise InputError(f"--custom-op-library {library}: ONNX Runtime cannot load it: {_reason(error)}") from error
-
-
 @contextmanager
-def _running(feeds: Mapping[str, NDArray[Any]]) -> Iterator[None]:
-    """Turns what goes wrong in a run of the model into one message.
-
-    Raises:
-        InputError: Something did.
-    """
+def _told(what: str, feeds: Mapping[str, NDArray[Any]] | None = None) -> Iterator[None]:
+    # What goes wrong inside ONNX Runtime becomes one message.
     try:
         yield
     except Exception as error:
+        if feeds is None:
+            raise InputError(f"{what}: {_reason(error)}") from error
         given = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in list(feeds.items())[:8])
         raise InputError(
-            f"ONNX Runtime cannot run the model on the inputs {given}: {_reason(error)} "
-            "Check these arrays against the model's inputs, and that the model runs at all with this onnxruntime."
+            f"{what} on the inputs {given}: {_reason(error)} Check these arrays against the model's inputs, and that "
+            "the model runs at all with this onnxruntime."
         ) from error
 
 
