@@ -95,6 +95,7 @@ class Tap:
     groups: int  # g, the number of independent problems
     width: int  # d, the length of a row
     inside: Inside | None = None  # where the value lies when it is not in the main graph
+    weighed: str = ""  # name of the rule that weighs its rows; empty counts every row alike
 
     @property
     def key(self) -> str:

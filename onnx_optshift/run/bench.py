@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from onnx_optshift.run.budget import DEFAULT_BATCH_SIZE, KEPT_OUTPUT_BYTES, Plan
 from onnx_optshift.run.outputs import Outputs
 from onnx_optshift.run.sessions import Sessions
 from onnx_optshift.stats.moments import InputMoments
-from onnx_optshift.stats.rows import observe
+from onnx_optshift.stats.rows import Weigh, observe
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Bench:
         waves: Taps that are captured and solved together.
         rows: Rows that one sample gives each tap, where that was measured.
         progress: Where long passes report to.
+        rules: How rows are weighed, by the name that taps give.
     """
 
     model: ModelFile
@@ -64,6 +65,7 @@ class Bench:
     waves: tuple[tuple[Tap, ...], ...]
     rows: Mapping[Tap, int]
     progress: Progress
+    rules: Mapping[str, Weigh] = field(default_factory=dict)
 
     @classmethod
     def open(
@@ -121,7 +123,7 @@ class Bench:
         session = self.sessions.probe(taps)
 
         def sink(tap: Tap, _: Batch, activation: torch.Tensor) -> None:
-            observe(moments[tap], tap, activation)
+            observe(moments[tap], tap, activation, self.rules.get(tap.weighed))
 
         with self.progress.stage(stage, len(samples)) as advance:
             stream(session, taps, samples.batches(self.batch_size), sink, done=advance)

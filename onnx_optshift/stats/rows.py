@@ -7,7 +7,7 @@ is a few of them without the rest. So an activation never exists as a whole in f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,8 @@ from onnx_optshift.stats.patches import check_images, lag_axis, outputs, patch_g
 
 # Rows in float64 exist in pieces of about this size: enough for full speed, little beside the activations.
 CHUNK_BYTES = 64 * 2**20
+
+Weigh = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,18 +57,18 @@ def to_rows(activation: Tensor, tap: Tap) -> Tensor:
     return rows if tap.form.scale == 1 else rows * tap.form.scale
 
 
-def observe(moments: InputMoments, tap: Tap, activation: Tensor) -> None:
+def observe(moments: InputMoments, tap: Tap, activation: Tensor, weigh: Weigh | None = None) -> None:
     """Adds the rows of one activation to the moments of its tap, in float64 and bounded memory.
 
     An activation (any floating dtype and device) that contains NaN or infinity is not added: its elements that are not
-    finite are counted.
+    finite are counted. `weigh` gives the weights w `[n]` of rows `[g, n, d]`, which enter as √w times what they are.
 
     Raises:
         InputError: The activation does not have the tap's shape.
     """
     if tap.inside is not None:
         for piece in _runs(activation, tap.inside):
-            observe(moments, replace(tap, inside=None), piece)
+            observe(moments, replace(tap, inside=None), piece, weigh)
         return
     form = tap.form
     if activation.numel() == 0:
@@ -84,7 +86,7 @@ def observe(moments: InputMoments, tap: Tap, activation: Tensor) -> None:
         per_image = math.prod(outputs(activation, form))
         rows = len(activation) * per_image
         axis = lag_axis(activation, form)
-        if axis is not None and moments.rows + rows > tap.width:
+        if weigh is None and axis is not None and moments.rows + rows > tap.width:
             gram, total = patch_gram(activation, form, axis, device=moments.device, chunk_bytes=CHUNK_BYTES)
             moments.update_gram(gram * form.scale**2, total * form.scale, rows)
             return
@@ -92,7 +94,7 @@ def observe(moments: InputMoments, tap: Tap, activation: Tensor) -> None:
     for part in parts:
         view = _view(part, tap)
         for piece in view.slices(limit):
-            _add(moments, view, piece, form.scale)
+            _add(moments, view, piece, form.scale, weigh)
 
 
 def _runs(activation: Tensor, inside: Inside) -> Sequence[Tensor]:
@@ -102,12 +104,13 @@ def _runs(activation: Tensor, inside: Inside) -> Sequence[Tensor]:
     return (activation,) if activation.numel() else ()
 
 
-def _add(moments: InputMoments, view: _RowView, piece: Tensor, scale: float) -> None:
+def _add(moments: InputMoments, view: _RowView, piece: Tensor, scale: float, weigh: Weigh | None) -> None:
     # A function of its own, so that its float64 copy is gone before the next one is made.
     # Conversion and copy in one pass: a cast alone keeps the strides of im2col, and reshaping copies again.
     rows = view.rows(piece.to(moments.device, torch.float64, memory_format=torch.contiguous_format))
     # The factor follows the conversion: in half precision it would be rounded away.
-    moments.update(rows if scale == 1 else rows * scale)
+    rows = rows if scale == 1 else rows * scale
+    moments.update(rows if weigh is None else rows * weigh(rows).to(rows).sqrt()[:, None])
 
 
 def _view(activation: Tensor, tap: Tap) -> _RowView:
