@@ -24,7 +24,7 @@ def layers_maker(prepared: Prepared, data: Data, objective: Objective | None = N
     slopes = feature_curvature(bench, data.fit, seed=settings.seed) if objective.needs_slopes else None
     grids = make_grids(settings.quantization_bits, settings.range_scope, settings.range_block)
 
-    def make(store: StatisticsStore) -> Layers:
+    def make(store: StatisticsStore, judge: StatisticsStore | None = None) -> Layers:
         return Layers(
             bench.weights,
             store,
@@ -32,6 +32,7 @@ def layers_maker(prepared: Prepared, data: Data, objective: Objective | None = N
             objective,
             device=bench.device.solve,
             slopes=slopes,
+            judge=judge,
             grids=grids,
             keep=bench.sessions.keep,
             progress=bench.progress,
@@ -46,13 +47,15 @@ def captured(prepared: Prepared, data: Data, objective: Objective) -> tuple[Laye
     Statistics of one wave are captured here; those of several are when they are loaded, as they never fit together.
     """
     bench, make = prepared.bench, layers_maker(prepared, data, objective)
-    if not data.split or data.heldout is None:
+    # Captured when a layer first asks for it, unless its rows are part of the calibration data.
+    judge = None if data.heldout is None else bench.statistics(data.heldout, "capture held-out rows")
+    if not data.split or judge is None:
         store = bench.statistics(data.calibration)
         if len(store.waves) == 1:
             store.load(0)
-        layers = make(store)
+        layers = make(store, judge)
         return layers, layers
     fit = bench.statistics(data.fit)
     if len(fit.waves) > 1:
-        return make(bench.statistics(data.calibration)), make(fit)
-    return make(fit.merged(bench.statistics(data.heldout))), make(fit)
+        return make(bench.statistics(data.calibration)), make(fit, judge)
+    return make(fit.merged(judge)), make(fit, judge)

@@ -5,7 +5,7 @@ Joins the ONNX side (weights, taps) with the numerical side (moments, spectra, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from weakref import WeakValueDictionary
@@ -20,10 +20,11 @@ from onnx_optshift.graph.weights import Weight
 from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.solve.finish import as_matrix, finished
+from onnx_optshift.solve.grid_rounding import Start, on_grid
 from onnx_optshift.solve.objective import Norm, Objective, Point
 from onnx_optshift.solve.problem import ROUNDING_UNIT, Problem
 from onnx_optshift.solve.rounding_error import output_errors
-from onnx_optshift.solve.shift import Outcome, Shift
+from onnx_optshift.solve.shift import Outcome, Shift, obstacle
 from onnx_optshift.solve.spectrum import Coordinates, Spectrum, factor
 from onnx_optshift.solve.weighted_norm import Metric, balanced, measure
 from onnx_optshift.stats.moments import InputMoments
@@ -76,6 +77,7 @@ class Solved:
         figure: The objective's headline figure of what stands in the file.
         rounding: Relative output error of what stands in the file under round-to-nearest, by grid.
         note: Why another norm was made small than the one asked for; empty where it was not.
+        allowed: Residual of the layer where it has one of its own; None where all layers share one.
     """
 
     shift: Shift
@@ -84,6 +86,7 @@ class Solved:
     figure: float = 0.0
     rounding: Mapping[Grid, float] = field(default_factory=dict)
     note: str = ""
+    allowed: float | None = None
 
     @property
     def moved(self) -> bool:
@@ -142,6 +145,7 @@ class Layers:
         objective: What is made small.
         device: The torch device of the solvers.
         slopes: Moments of how far earlier weights move the rows of every tap, for objectives that need them.
+        judge: Moments of rows that did not fit the layers; None where there are none.
         grids: What the report shows rounding errors for.
         keep: Where new contents of initializers go; as they are, in memory, when not given.
 
@@ -159,6 +163,7 @@ class Layers:
         *,
         device: str = "cpu",
         slopes: StatisticsStore | None = None,
+        judge: StatisticsStore | None = None,
         grids: Sequence[Grid] = (),
         keep: Callable[[NDArray[np.generic]], NDArray[np.generic]] = lambda array: array,
         progress: Progress = SILENT,
@@ -170,6 +175,7 @@ class Layers:
         self._content = content
         self._device = device
         self._slopes = slopes
+        self._judge = judge
         self._grids = tuple(grids)
         self._keep = keep
         self._progress = progress
@@ -181,24 +187,26 @@ class Layers:
         self._objections: dict[tuple[str, float], Solved] = {}
 
     def _candidate(self, tolerance: float) -> Candidate:
-        by_wave = sorted(self.weights.values(), key=self._wave)
-        solved: dict[str, Solved] = {}
-        with self._progress.stage("solve", len(by_wave)) as advance:
-            for weight in by_wave:
-                solved[weight.name] = self.solve(weight, tolerance)
-                advance(1)
+        solved = {weight.name: self.solve(weight, tolerance) for weight in self.each("solve")}
         return Candidate({name: solved[name] for name in self.weights}, tolerance, self.facts)
+
+    def each(self, stage: str) -> Iterator[Weight]:
+        """All weights, wave by wave, as one stage of the work."""
+        with self._progress.stage(stage, len(self.weights)) as advance:
+            for weight in sorted(self.weights.values(), key=self._wave):
+                yield weight
+                advance(1)
 
     def survey(self) -> Mapping[str, LayerFacts]:
         """Looks at every layer, wave by wave, without solving; what it finds is in `facts`."""
         for weight in sorted(self.weights.values(), key=self._wave):
-            if weight.name not in self.facts and self._blocked(weight) is None:
+            if weight.name not in self.facts and self.blocked(weight) is None:
                 self.problem(weight)
         return self.facts
 
     def solve(self, weight: Weight, tolerance: float) -> Solved:
         """The shift of one weight at a residual tolerance or below, as it would stand in the file."""
-        blocked = self._blocked(weight)
+        blocked = self.blocked(weight)
         if blocked is not None:
             return _unmoved(Shift.unchanged(self.matrix(weight), blocked))
         problem = self.problem(weight)
@@ -209,6 +217,25 @@ class Layers:
                 return solved
         assert solved is not None
         return solved
+
+    def snap(self, weight: Weight, start: Start) -> Solved:
+        """One weight on the grid that the objective has."""
+        blocked = self.blocked(weight)
+        if blocked is not None:
+            return _unmoved(Shift.unchanged(self.matrix(weight), blocked))
+        problem = self.problem(weight)
+        coordinates = Coordinates.of(problem.spectrum, problem.matrix, problem.rounding_unit)
+        stuck = obstacle(coordinates)
+        if stuck is not None:
+            return _unmoved(Shift.unchanged(problem.matrix, stuck, rank=coordinates.rank))
+        shift = Shift.moved_to(coordinates, on_grid(problem, self.objective.grids[0], start), outcome=Outcome.SNAPPED)
+        array = finished(shift.matrix, weight.form, self._content(weight.name).dtype)
+        return replace(self.measured(weight, problem, shift, array), allowed=start.residual)
+
+    def judging(self, weight: Weight) -> torch.Tensor:
+        """AᵀA `[g, d, d]` of rows that did not fit a weight; of those that did where there are no others."""
+        store = self._judge or self.store
+        return _stacked(store.load(store.wave_of(weight.uses[0].tap)), weight).gram()
 
     def finish(self, weight: Weight, problem: Problem, shift: Shift, residual: float) -> Solved:
         """A solution as it would stand in the file, with its figures measured on what rounding left.
@@ -302,7 +329,7 @@ class Layers:
             output_errors(problem.spectrum, problem.matrix, problem.matrix, self._grids),
         )
 
-    def _blocked(self, weight: Weight) -> Outcome | None:
+    def blocked(self, weight: Weight) -> Outcome | None:
         """Why there is no equation to solve."""
         moments = self.moments(weight)
         if moments.nonfinite:

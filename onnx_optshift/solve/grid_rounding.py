@@ -19,6 +19,7 @@ Cost: a Cholesky factorization of H, and about 2 d² m products a step; `choose`
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -76,25 +77,22 @@ def on_grid(problem: Problem, grid: Grid, start: Start) -> Tensor:
     return _Rounding(problem.spectrum, grid).run(problem.matrix, _narrowed(problem, grid, start.residual), scale)
 
 
-def choose(problem: Problem, grid: Grid, judge: Tensor) -> Start:
+def choose(problem: Problem, grid: Grid, judge: Tensor, most: float = 1.0) -> Start:
     """The start of least output error on rows that did not fit it.
 
     Args:
         problem: The layer.
         grid: The target quantizer's.
         judge: AᵀA `[g, d, d]` of other rows of the same layer.
+        most: Largest residual that may be chosen.
     """
-    before = round_to_nearest(problem.matrix, grid)
-    cost = problem.residual(before)
-    if not 0 < cost < math.inf:
-        return Start()
     some = _sampled(problem, grid)
-    rounding = _Rounding(problem.spectrum, grid)
-    found: dict[Start, float] = {}
     # Where the whole weight shares a scale nothing can be sampled, so that every start costs as much as the result.
     shares = RESIDUAL_SHARES[2:3] if grid.scope == "tensor" else RESIDUAL_SHARES
-    narrow = {share * cost: _narrowed(some, grid, share * cost) for share in shares}
+    narrow = _narrow_at(some, grid, shares, most)
     starts = [Start(residual, scale) for residual in narrow for scale in SCALE_SHARES]
+    rounding = _Rounding(problem.spectrum, grid)
+    found: dict[Start, float] = {}
     # Side by side where columns are independent: what a step costs is mostly its call.
     for group in [[start] for start in starts] if grid.scope == "tensor" else [starts]:
         scales = torch.cat([torch.full_like(some.matrix[:1, :1], start.scale) for start in group], -1)
@@ -103,6 +101,36 @@ def choose(problem: Problem, grid: Grid, judge: Tensor) -> Start:
         errors = _by_column(rounded - target, judge).sum(0).reshape(len(group), -1).sum(-1)
         found |= {start: float(error) for start, error in zip(group, errors, strict=True)}
     return min(found, key=lambda start: found[start])
+
+
+def choose_residual(problem: Problem, grids: Sequence[Grid], judge: Tensor, most: float = 1.0) -> float:
+    """The residual of narrowing at which round-to-nearest has the least output error on rows that did not fit it.
+
+    With several grids the one of fewest bits decides, among residuals that no grid is farther off at; 0 where none is.
+
+    Args:
+        problem: The layer.
+        grids: The target quantizers'.
+        judge: AᵀA `[g, d, d]` of other rows of the same layer.
+        most: Largest residual that may be chosen.
+    """
+    coarsest = min(grids, key=lambda grid: grid.bits)
+    some = _sampled(problem, coarsest)
+    narrow = _narrow_at(some, coarsest, RESIDUAL_SHARES, most)
+
+    def error(matrix: Tensor, grid: Grid) -> float:
+        return float(_by_column(round_to_nearest(matrix, grid) - some.matrix, judge).sum())
+
+    before = {grid: error(some.matrix, grid) for grid in grids}
+    good = [r for r, matrix in narrow.items() if all(error(matrix, grid) <= before[grid] for grid in grids)]
+    return min(good, key=lambda residual: error(narrow[residual], coarsest))
+
+
+def _narrow_at(problem: Problem, grid: Grid, shares: Sequence[float], most: float) -> dict[float, Tensor]:
+    """Narrowed weights `[g, d, m]` by residual: shares of what round-to-nearest costs."""
+    cost = problem.residual(round_to_nearest(problem.matrix, grid))
+    cost = cost if math.isfinite(cost) else 0.0
+    return {residual: _narrowed(problem, grid, residual) for residual in {min(most, share * cost) for share in shares}}
 
 
 def _sampled(problem: Problem, grid: Grid) -> Problem:

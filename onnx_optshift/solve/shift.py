@@ -25,6 +25,7 @@ class Outcome(Enum):
         "shifted, but stopped at the iteration limit: within the tolerance and better than before, perhaps not the "
         "best. (a) The tolerance is very small. (b) The rows are badly conditioned"
     )
+    SNAPPED = "shifted onto the quantizer's grid: rounding to nearest reproduces it"
     FULL_RANK = (
         "the rows span all d directions: the equation has only one solution. "
         "Only a tolerance above 0 leaves room for another weight"
@@ -59,7 +60,7 @@ class Outcome(Enum):
     @property
     def moved(self) -> bool:
         """Whether the matrix differs from the one given."""
-        return self in {Outcome.SHIFTED, Outcome.STOPPED_EARLY}
+        return self in {Outcome.SHIFTED, Outcome.STOPPED_EARLY, Outcome.SNAPPED}
 
 
 @dataclass(frozen=True)

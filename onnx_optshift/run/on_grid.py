@@ -1,0 +1,43 @@
+"""All layers brought onto a quantizer's grid, or made narrow for it, each at the residual that suits it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from onnx_optshift.run.layers import Candidate, Layers
+from onnx_optshift.solve.grid_rounding import Start, choose, choose_residual
+
+Starts = Mapping[str, Start]
+
+
+def best_starts(layers: Layers, most: float, *, snap: bool) -> dict[str, Start]:
+    """For every layer the start whose rounded weight has the least output error on rows that did not fit it.
+
+    Args:
+        layers: With an objective that has grids.
+        most: Largest residual that a layer may have.
+        snap: Whether weights are going to lie on the grid; they are only made narrow for it otherwise.
+    """
+    grids = layers.objective.grids
+    found: dict[str, Start] = {}
+    for weight in layers.each("choose residuals"):
+        if layers.blocked(weight) is None:
+            problem, judge = layers.problem(weight), layers.judging(weight)
+            if snap:
+                found[weight.name] = choose(problem, grids[0], judge, most)
+            else:
+                found[weight.name] = Start(choose_residual(problem, grids, judge, most))
+    return found
+
+
+def placed(layers: Layers, starts: Starts, *, snap: bool) -> Candidate:
+    """Every layer from its start: on the grid, or narrow; a layer without a start keeps its weight."""
+    solved = {}
+    for weight in layers.each("solve"):
+        start = starts.get(weight.name)
+        if start is not None and snap:
+            solved[weight.name] = layers.snap(weight, start)
+        else:
+            solved[weight.name] = layers.solve(weight, start.residual if start is not None else 0.0)
+    most = max((start.residual for start in starts.values()), default=0.0)
+    return Candidate({name: solved[name] for name in layers.weights}, most, layers.facts)
