@@ -239,7 +239,7 @@ def _labels(labels: Array, feeds: Feeds, what: str, *, stacked: bool) -> Array:
         )
     if level != 2 and labels.ndim != 1:
         raise InputError(
-            f"{what.replace('labels', 'class labels', 1)} shape {list(labels.shape)}; expected one integer for each "
-            "sample, [samples]. From one-hot rows take labels.argmax(1)."
+            f"{what} shape {list(labels.shape)}; expected one integer class for each sample, [samples]. From one-hot "
+            "rows take labels.argmax(1)."
         )
     return labels

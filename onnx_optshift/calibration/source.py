@@ -70,14 +70,12 @@ class Part:
 class Samples:
     """A re-iterable collection of samples with random access; a selection of it is a view.
 
-    Attributes:
-        source: Where the samples come from, for the report and for errors.
-        synthetic: Whether they are made up.
-        notes: What was done to the data on the way in (conversions, ignored arrays), one sentence each.
-
     Args:
         parts: What there is, one after the other.
+        source: Where the samples come from, for the report and for errors.
         batch: The model's fixed batch size, or None when it takes any.
+        synthetic: Whether they are made up.
+        notes: What was done to the data on the way in (conversions, ignored arrays), one sentence each.
 
     Raises:
         InputError: Only some parts have labels, or some have class labels and some targets.

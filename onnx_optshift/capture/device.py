@@ -52,12 +52,7 @@ class Device:
 
 
 def choose_device(
-    requested: str,
-    providers: Sequence[str],
-    available: Sequence[str],
-    gpus: int,
-    *,
-    allow_cpu_fallback: bool = False,
+    requested: str, providers: Sequence[str], available: Sequence[str], gpus: int, *, allow_cpu_fallback: bool = False
 ) -> Device:
     """Decides what runs where, before any work starts; with `auto` CUDA if torch and ONNX Runtime both have it.
 

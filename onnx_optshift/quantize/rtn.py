@@ -91,9 +91,8 @@ def round_to_nearest(matrix: Tensor, grid: Grid) -> Tensor:
     matrix = matrix.to(torch.float64)
     if matrix.numel() == 0:
         return matrix.clone()
-    if grid.scope != "block":
+    if grid.block is None:
         return _on_grid(matrix, (1,) if grid.scope == "channel" else (0, 1, 2), grid)
-    assert grid.block is not None
     groups, width, outputs = matrix.shape
     blocks = -(-width // grid.block)
     # Zeros at the end of the last block change neither max|w| nor a range that holds 0 anyway.
