@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from onnx_optshift.calibration.source import Part, Samples
 from onnx_optshift.capture.session import resolve_device
-from onnx_optshift.diagnose.flatness import SIGMAS, Directions, flatness
+from onnx_optshift.diagnose.flatness import SIGMAS, flatness
 from onnx_optshift.diagnose.gauss_newton import top_eigenvalue
 from onnx_optshift.diagnose.landscape import Landscape, loss_of, smooth_session
 from onnx_optshift.graph.discover import discover
@@ -62,8 +62,8 @@ def hessian_blocks(activation):
     return {"W1": first.numpy(), "W2": second.numpy()}
 
 
-def quadratic(directions, name, probes, hessian):
-    return np.mean([z @ hessian @ z for z in (directions.signs(name, k)[0].ravel() for k in range(probes))])
+def quadratic(place, name, probes, hessian):
+    return np.mean([z @ hessian @ z for z in (place.signs(name, k)[0].ravel() for k in range(probes))])
 
 
 def near(found, expected, errors=3.0):
@@ -90,15 +90,13 @@ def test_a_quadratic_loss_has_the_figures_of_theory():
 def test_differences_of_a_quadratic_loss_are_exact_at_any_step():
     bench, samples = bench_of(linear(), TARGETS)
     place = Landscape(bench, smooth_session(bench), samples, loss_of(bench, samples), {})
-    directions = Directions(place, 0)
     hessian = np.kron(2 / M * X.astype(np.float64).T @ X / N, np.eye(M))
-    z = directions.signs("W", 0)
+    z = place.signs("W", 0)
     for step in (0.03, 0.3, 3.0):
         assert place.differences({"W": z}, step).second == pytest.approx(z.ravel() @ hessian @ z.ravel(), rel=1e-4)
     # A tiny step drowns in rounding, which is what the chosen one avoids.
     assert place.differences({"W": z}, 1e-6).second != pytest.approx(z.ravel() @ hessian @ z.ravel(), rel=0.05)
-    noise = place.noise({"W": z})
-    chosen = place.step("W", [directions.signs("W", k) for k in range(3)], noise)
+    chosen = place.step("W", place.noise())
     assert place.differences({"W": z}, chosen).second == pytest.approx(z.ravel() @ hessian @ z.ravel(), rel=5e-3)
 
 
@@ -108,10 +106,9 @@ def test_second_differences_are_those_of_automatic_differentiation(activation):
     loss = loss_of(bench, samples)
     blocks = hessian_blocks(torch.relu if activation == "Relu" else torch.tanh)
     found = flatness(bench, samples, loss, {}, probes=48, seed=1)
-    place = Landscape(bench, smooth_session(bench), samples, loss, {})
-    directions = Directions(place, 1)
+    place = Landscape(bench, smooth_session(bench), samples, loss, {}, seed=1)
     for layer in found.layers:
-        same_probes = quadratic(directions, layer.name, 48, blocks[layer.name])
+        same_probes = quadratic(place, layer.name, 48, blocks[layer.name])
         assert layer.trace.before.value == pytest.approx(same_probes, rel=0.01)
         near(layer.trace.before, np.trace(blocks[layer.name]))
     total = sum(np.trace(block) for block in blocks.values())
@@ -153,7 +150,7 @@ def test_a_weight_on_the_edge_of_a_relu_has_no_spike():
     loss = loss_of(bench, samples)
     centre = {"W1": edge}
     place = Landscape(bench, smooth_session(bench), samples, loss, centre)
-    z = {"W1": Directions(place, 0).signs("W1", 0)}
+    z = {"W1": place.signs("W1", 0)}
     steps = (3e-3, 3e-4)
     smooth = [place.differences(z, step).second for step in steps]
     assert smooth[1] == pytest.approx(smooth[0], rel=0.05)

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from make_models import RECIPES
 
 from onnx_optshift.calibration.source import Samples
-from onnx_optshift.diagnose.flatness import Directions, flatness
+from onnx_optshift.diagnose.flatness import flatness
 from onnx_optshift.diagnose.landscape import Landscape, loss_of, smooth_session
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.prepare import prepare
@@ -125,13 +125,12 @@ def exact_mlp_trace(network: nn.Module, number: int, samples: torch.Tensor) -> f
 def error_on_the_same_probes(bench, samples, loss, key: str, value: torch.Tensor, layer, seed: int) -> float:
     """Relative error of the mean zᵀHz over a few of the run's own probes: what differencing alone costs."""
     weight = next(weight for weight in bench.weights if weight.name == layer.name)
-    place = Landscape(bench, smooth_session(bench), samples, loss_of(bench, samples), {})
-    directions = Directions(place, seed)
+    place = Landscape(bench, smooth_session(bench), samples, loss_of(bench, samples), {}, seed)
     found, exact = 0.0, 0.0
     array = bench.model.initializer(layer.name)
     as_stored = array.shape == tuple(value.shape) and np.allclose(array, value.numpy())
     for probe in range(SAME_PROBES):
-        signs = directions.signs(layer.name, probe)
+        signs = place.signs(layer.name, probe)
         found += place.differences({layer.name: signs}, layer.step).second
         z = torch.from_numpy(weight.form.from_matrix(signs))
         z = z if as_stored else z.T

@@ -115,19 +115,11 @@ def nearest(features: Tensor, means: Tensor) -> Tensor:
 def collapse(
     bench: Bench, samples: Samples, classes: NDArray[np.int64], weight: Weight, logits: str | None
 ) -> Collapse | None:
-    """NC1 to NC4 at the input of one weight.
+    """NC1 to NC4 at the input of the last weight, of samples with these classes `[n]`.
 
-    Args:
-        bench: Runs the original model.
-        samples: The data.
-        classes: Label of each sample, `[n]`.
-        weight: The last linear layer.
-        logits: The model output whose argmax is the answer and whose classes are the weight's columns; None when the
-            weight is no classifier.
-
-    Returns:
-        The figures; None where the layer does not read one finite row for each sample, or there are fewer than two
-        classes.
+    `logits` is the model output whose argmax is the answer and whose classes are the weight's columns; None when the
+    weight is no classifier. No figures where the layer does not read one finite row for each sample, or there are
+    fewer than two classes.
     """
     labels, counts = np.unique(classes, return_counts=True)
     if weight.groups != 1 or len(weight.uses) != 1 or len(labels) < 2:

@@ -21,9 +21,9 @@ to 24 for each layer's step; 2.5 of the model itself for each probe and set.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -32,7 +32,7 @@ from onnx_optshift.calibration.source import Samples
 from onnx_optshift.calibration.split import thinned
 from onnx_optshift.decide.loss import Loss
 from onnx_optshift.diagnose.gauss_newton import top_eigenvalue
-from onnx_optshift.diagnose.landscape import PILOTS, Landscape, Matrix, loss_of, smooth_session
+from onnx_optshift.diagnose.landscape import Landscape, loss_of, smooth_session
 from onnx_optshift.report.diagnosis import Estimate, Flatness, FlatnessReport, LayerFlatness, Sharpness
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.layers import Arrays
@@ -48,10 +48,6 @@ FEWEST_PROBES_FOR_EIGENVALUE = 8
 MOST_FLATNESS_SAMPLES = 512
 DEFAULT_PROBES = 32
 
-Figures = NDArray[np.float64]
-Columns = list[list[NDArray[np.float32]]]
-"""First differences of the outputs by probe, one of each layer."""
-
 
 def flatness(
     bench: Bench,
@@ -63,39 +59,40 @@ def flatness(
     probes: int = DEFAULT_PROBES,
     seed: int = 0,
 ) -> FlatnessReport:
-    """Measures flatness at one or two sets of weights.
+    """Measures flatness at one or two sets of weights, each given by what differs from the original.
 
-    Args:
-        bench: Runs the model; all its weights are probed.
-        samples: What the mean loss is over.
-        loss: `landscape.loss_of(bench, samples)`, or the gate's.
-        arrays_before: Weights that differ from the original's; `{}` for the original.
-        arrays_after: The same for the second set; None measures the first alone.
-        probes: Random directions for each layer; the standard error falls with their root.
-        seed: Of the directions.
+    All weights of the bench are probed, in so many random directions each; the standard errors fall with their root.
     """
     start = time.perf_counter()
     session = smooth_session(bench)
     sets = [arrays_before] if arrays_after is None else [arrays_before, arrays_after]
-    places = [Landscape(bench, session, samples, loss, arrays) for arrays in sets]
+    places = [Landscape(bench, session, samples, loss, arrays, seed) for arrays in sets]
     first, names = places[0], list(places[0].matrices)
-    directions = Directions(first, seed)
-    noise = first.noise({name: directions.signs(name, 0) * first.scale(name) for name in names})
-    steps = {name: first.step(name, [directions.signs(name, k) for k in range(PILOTS)], noise) for name in names}
-    fewer = max(FEWEST, probes // FEWER)
+    noise = first.noise()
+    steps = {name: first.step(name, noise) for name in names}
     kept = min(probes, KEPT_COLUMN_BYTES // max(1, 4 * len(names) * first.output_size()))
-    columns: list[Columns] = [[[] for _ in range(kept)] for _ in places]
+    # First differences of the outputs: by place, probe and layer.
+    columns: list[list[list[NDArray[np.float32]]]] = [[[] for _ in range(kept)] for _ in places]
+    fewer = min(probes, max(FEWEST, probes // FEWER))
     # By layer, what both sets of weights show, `[places, probes]`.
-    hessian, gauss_newton, relative = (
-        {name: np.zeros((len(places), n)) for name in names} for n in (probes, probes, fewer)
-    )
-    with bench.progress.stage("flatness", len(names) * len(places) * (probes + fewer)) as advance:
-        for name in names:
-            for k, place in enumerate(places):
-                traces = _traces(place, name, steps[name], probes, directions, columns[k], advance)
-                hessian[name][k], gauss_newton[name][k] = traces
-                relative[name][k] = _relative(place, name, steps[name], fewer, directions, advance)
-    rises = np.array([_sharpness(place, fewer, directions) for place in places])
+    hessian, gauss_newton = ({name: np.zeros((len(places), probes)) for name in names} for _ in range(2))
+    relative = {name: np.zeros((len(places), fewer)) for name in names}
+    with bench.progress.stage("flatness", len(names) * len(places) * probes) as advance:
+        for name, (k, place) in itertools.product(names, enumerate(places)):
+            root = _root(place.matrices[name])
+            for probe in range(probes):
+                z = place.signs(name, probe)
+                second, column = place.differences({name: z}, steps[name], root=True)
+                hessian[name][k, probe] = second
+                gauss_newton[name][k, probe] = np.square(column, dtype=np.float64).sum() / place.count
+                if probe < kept:
+                    columns[k][probe].append(column)
+                if probe < fewer:
+                    # The same length as ±1 has, so that the same step is right.
+                    size = math.sqrt(float(np.square(z @ root).mean())) or 1.0
+                    relative[name][k, probe] = place.differences({name: z @ root / size}, steps[name]).second * size**2
+                advance(1)
+    rises = np.array([[place.rises(probe, SIGMAS) for probe in range(fewer)] for place in places])
     tops = [
         top_eigenvalue(found, place.count) if kept >= FEWEST_PROBES_FOR_EIGENVALUE else None
         for found, place in zip(columns, places, strict=True)
@@ -135,72 +132,10 @@ def flatness_of(
     return flatness(bench, few, loss_of(bench, few), {}, arrays, probes=count, seed=settings.seed)
 
 
-class Directions:
-    """Seeded directions in a landscape's weights: the same for the same layer and number, whatever else was drawn."""
-
-    def __init__(self, place: Landscape, seed: int) -> None:
-        self._numbers = {name: number for number, name in enumerate(place.matrices)}
-        self._shapes = {name: matrix.shape for name, matrix in place.matrices.items()}
-        self._seed = seed
-
-    def signs(self, name: str, probe: int) -> Matrix:
-        """Independent ±1 `[g, d, m]`."""
-        return 2.0 * self._generator(name, probe, 0).integers(0, 2, self._shapes[name]).astype(np.float64) - 1.0
-
-    def filters(self, name: str, probe: int, matrix: Matrix) -> Matrix:
-        """Normal noise `[g, d, m]`, each column scaled to the norm of the matrix's own."""
-        z = self._generator(name, probe, 1).standard_normal(self._shapes[name])
-        norms = np.linalg.norm(z, axis=1, keepdims=True)
-        return np.asarray(z * np.linalg.norm(matrix, axis=1, keepdims=True) / np.maximum(norms, 1e-300))
-
-    def _generator(self, name: str, probe: int, kind: int) -> np.random.Generator:
-        return np.random.default_rng([self._seed, kind, self._numbers[name], probe])
-
-
-def _traces(
-    place: Landscape,
-    name: str,
-    step: float,
-    probes: int,
-    directions: Directions,
-    columns: Columns,
-    advance: Callable[[int], None],
-) -> Figures:
-    """zᵀHz and zᵀGz of each probe `[2, probes]`; the first probes' columns are kept."""
-    found = np.zeros((2, probes))
-    for probe in range(probes):
-        second, root = place.differences({name: directions.signs(name, probe)}, step, root=True)
-        found[:, probe] = second, np.square(root, dtype=np.float64).sum() / place.count
-        if probe < len(columns):
-            columns[probe].append(root)
-        advance(1)
-    return found
-
-
-def _relative(
-    place: Landscape, name: str, step: float, probes: int, directions: Directions, advance: Callable[[int], None]
-) -> list[float]:
-    """uᵀHu for each probe, u = z K^½."""
-    matrix = place.matrices[name]
+def _root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+    """K^½ `[g, m, m]` of K = VᵀV."""
     values, vectors = np.linalg.eigh(matrix.transpose(0, 2, 1) @ matrix)
-    root = (vectors * np.sqrt(np.maximum(values, 0))[:, None]) @ vectors.transpose(0, 2, 1)
-    found = []
-    for probe in range(probes):
-        u = directions.signs(name, probe) @ root
-        # The same length as ±1 has, so that the same step is right.
-        size = math.sqrt(float(np.square(u).mean()))
-        found.append(place.differences({name: u / size}, step).second * size**2 if size else 0.0)
-        advance(1)
-    return found
-
-
-def _sharpness(place: Landscape, draws: int, directions: Directions) -> Figures:
-    """Rise of the loss for each pair of draws ±z and each σ, `[draws, sigmas]`."""
-    found = []
-    for draw in range(draws):
-        z = {name: directions.filters(name, draw, matrix) for name, matrix in place.matrices.items()}
-        found.append(place.rises([place.moved(z, sign * sigma) for sigma in SIGMAS for sign in (1, -1)]))
-    return np.asarray(np.reshape(found, (draws, len(SIGMAS), 2)).mean(axis=2))
+    return np.asarray((vectors * np.sqrt(np.maximum(values, 0))[:, None]) @ vectors.transpose(0, 2, 1))
 
 
 def _compared(found: ArrayLike) -> Flatness:
@@ -212,7 +147,7 @@ def _compared(found: ArrayLike) -> Flatness:
         return Flatness(_estimate(before), _estimate(after[0]), _estimate(after[0] - before))
 
 
-def _estimate(values: Figures) -> Estimate:
+def _estimate(values: NDArray[np.float64]) -> Estimate:
     # A sample whose original output is 0 is infinitely far, relatively, once it moves.
     certain = len(values) > 1 and bool(np.isfinite(values).all())
     return Estimate(float(values.mean()), float(values.std(ddof=1)) / math.sqrt(len(values)) if certain else None)

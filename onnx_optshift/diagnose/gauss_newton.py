@@ -33,15 +33,8 @@ def output_root(
     """`B dy` `[samples, k]` of one batch, with `‖B dy‖² = dyᵀ H_out dy` for each sample's loss.
 
     Cross-entropy of logits has `H_out = diag(p) - ppᵀ`, so `B dy = √p (dy - pᵀdy)`; seen from probabilities, whose
-    change is `dp = p (dy - pᵀdy)`, this is `dp/√p`.
-
-    Args:
-        loss: The loss.
-        outputs: Outputs y at the centre.
-        reference: The original model's outputs, which the distance is relative to.
-        slopes: dy: derivatives of the outputs along a direction.
-        samples: Samples in the batch.
-        labels: Of the batch; their number is that of positions.
+    change is `dp = p (dy - pᵀdy)`, this is `dp/√p`. The slopes dy are derivatives of the outputs y along a direction;
+    the reference is what the distance is relative to. As many labels as positions.
     """
     if loss.output is None or labels is None:
         pieces = []

@@ -45,7 +45,7 @@ Directions = Mapping[str, Matrix]
 ROUNDING_SHARE = 0.002
 # Largest step, relative to the root mean square of a weight, that may still be called local.
 LARGEST_STEP = 0.1
-PILOTS = 3
+_PILOTS = 3
 _TABLE_POINTS, _TABLE_ORDER = 9, 4
 _TABLE_VARIANCE = math.factorial(2 * _TABLE_ORDER) / math.factorial(_TABLE_ORDER) ** 2
 
@@ -73,14 +73,10 @@ def smooth_session(bench: Bench) -> Session:
 
 
 class Landscape:
-    """The mean loss around one set of weights.
+    """The mean loss around one set of weights, along seeded directions that are the same around every other set.
 
-    Args:
-        bench: Runs the model; its weights are the coordinates.
-        session: Of `smooth_session`; one serves every centre.
-        samples: What the mean is over.
-        loss: The loss.
-        arrays: The centre where it differs from the original weights.
+    The coordinates are the weights of the bench; `arrays` is the centre where it differs from the original. One
+    `smooth_session` serves every centre.
 
     Attributes:
         value: Mean loss at the centre.
@@ -88,11 +84,14 @@ class Landscape:
         matrices: The centre, V `[g, d, m]` by initializer.
     """
 
-    def __init__(self, bench: Bench, session: Session, samples: Samples, loss: Loss, arrays: Arrays) -> None:
+    def __init__(
+        self, bench: Bench, session: Session, samples: Samples, loss: Loss, arrays: Arrays, seed: int = 0
+    ) -> None:
         self._bench = bench
         self._session = session
         self._samples = samples
         self._loss = loss
+        self._seed = seed
         self._weights = {weight.name: weight for weight in bench.weights}
         # All weights are fed in every run, so that the runtime folds and fuses the same way in each.
         self._center = {name: arrays.get(name, bench.model.initializer(name)) for name in self._weights}
@@ -110,6 +109,19 @@ class Landscape:
             self._outputs.append({n: outputs[n] for n in names if np.issubdtype(outputs[n].dtype, np.floating)})
         self.value = total / self.count
 
+    def signs(self, name: str, probe: int) -> Matrix:
+        """Independent ±1 `[g, d, m]`: a direction in one weight."""
+        return self._generator(0, name, probe).integers(0, 2, self.matrices[name].shape) * np.float64(2) - 1
+
+    def filters(self, probe: int) -> Directions:
+        """Normal noise in all weights, each column scaled to the norm of the weight's own."""
+        found = {}
+        for name, matrix in self.matrices.items():
+            z = self._generator(1, name, probe).standard_normal(matrix.shape)
+            sizes, norms = (np.linalg.norm(array, axis=1, keepdims=True) for array in (matrix, z))
+            found[name] = z * (sizes / np.maximum(norms, 1e-300))
+        return found
+
     def moved(self, directions: Directions, step: float) -> Arrays:
         """All weights at `w + step z`, in their own dtype and shape."""
         arrays = dict(self._center)
@@ -123,13 +135,14 @@ class Landscape:
         runs = self._runs(self.moved(directions, step))
         return sum(self._losses(batch, reference, outputs) for batch, reference, (outputs,) in runs) / self.count
 
-    def rises(self, trials: Sequence[Arrays]) -> list[float]:
-        """How much the mean loss of the model itself, kinks and all, rises with each of several sets of all weights."""
-        sums = np.zeros(1 + len(trials))
+    def rises(self, probe: int, sigmas: Sequence[float]) -> list[float]:
+        """Rise of the mean loss of the model itself, kinks and all, under `filters` times σ, mean over both signs."""
+        z = self.filters(probe)
+        trials = [self._center, *(self.moved(z, sign * sigma) for sigma in sigmas for sign in (1, -1))]
+        sums = np.zeros(len(trials))
         for batch, reference in self._bench.outputs.reference(self._samples):
-            for k, arrays in enumerate([self._center, *trials]):
-                sums[k] += self._losses(batch, reference, self._bench.outputs.run(batch, arrays))
-        return [float(total - sums[0]) / self.count for total in sums[1:]]
+            sums += [self._losses(batch, reference, self._bench.outputs.run(batch, arrays)) for arrays in trials]
+        return [float(pair.mean() - sums[0]) / self.count for pair in sums[1:].reshape(-1, 2)]
 
     def differences(self, directions: Directions, step: float, *, root: bool = False) -> Differences:
         """Central differences along z with the step h; of the outputs too where their root is asked for."""
@@ -143,29 +156,30 @@ class Landscape:
         second = (total / self.count - 2 * self.value) / step**2
         return Differences(second, np.concatenate(pieces).astype(np.float32))
 
-    def noise(self, directions: Directions) -> float:
-        """ε: standard deviation of the computed mean loss around a smooth function; z of about the weights' size."""
+    def noise(self) -> float:
+        """ε: standard deviation of the computed mean loss around a smooth function of all weights."""
         unit = max(ROUNDING_UNIT[weight.dtype] for weight in self._weights.values())
-        spacing = 2 * FEWEST_UNITS * unit
-        table = np.diff([self.at(directions, k * spacing) for k in range(_TABLE_POINTS)], _TABLE_ORDER)
-        measured = math.sqrt(float(np.square(table).mean()) / _TABLE_VARIANCE)
+        z = {name: self.signs(name, 0) * self._scale(name) for name in self.matrices}
+        losses = [self.at(z, 2 * FEWEST_UNITS * unit * k) for k in range(_TABLE_POINTS)]
+        measured = math.sqrt(float(np.square(np.diff(losses, _TABLE_ORDER)).mean()) / _TABLE_VARIANCE)
         # A loss of exactly 0, as the distance to itself has, shows no noise at its minimum.
         return max(measured, float(np.finfo(np.float64).eps) * abs(self.value), float(np.finfo(np.float32).tiny))
 
-    def step(self, name: str, pilots: Sequence[Matrix], noise: float) -> float:
+    def step(self, name: str, noise: float) -> float:
         """The step h for second differences in one weight, from ε and the curvature along a few directions of ±1."""
-        scale = self.scale(name)
+        scale = self._scale(name)
         least = FEWEST_UNITS * ROUNDING_UNIT[self._weights[name].dtype] * scale
         step = max(FIRST_STEP * scale, least)
         for _ in range(4):
-            curvature = float(np.median([abs(self.differences({name: z}, step).second) for z in pilots]))
+            found = [abs(self.differences({name: self.signs(name, k)}, step).second) for k in range(_PILOTS)]
+            curvature = float(np.median(found))
             wanted = math.sqrt(4 * noise / (ROUNDING_SHARE * curvature)) if curvature > 0 else math.inf
             before, step = step, min(max(wanted, least), LARGEST_STEP * scale)
             if 0.5 < step / before < 2:
                 break
         return step
 
-    def scale(self, name: str) -> float:
+    def _scale(self, name: str) -> float:
         """Root mean square of a weight; 1 for one that is all zeros."""
         matrix = self.matrices[name]
         return math.sqrt(float(np.square(matrix).mean())) or 1.0 if matrix.size else 1.0
@@ -173,6 +187,9 @@ class Landscape:
     def output_size(self) -> int:
         """Length of the `root` of one direction."""
         return sum(value.size for outputs in self._outputs for value in outputs.values())
+
+    def _generator(self, kind: int, name: str, probe: int) -> np.random.Generator:
+        return np.random.default_rng([self._seed, kind, list(self.matrices).index(name), probe])
 
     def _runs(self, *sets: Arrays) -> Iterator[tuple[Batch, Values, list[Values]]]:
         """Each batch with the original's outputs, and those of every set of all weights on the smooth piece."""

@@ -5,7 +5,7 @@ Nothing here decides what is written; the held-out gate does. The checklist says
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from onnx_optshift.report.diagnosis import FAIL, GO, NO_GO, PASS, TRY_SMALL, WARN, Check, Collapse, LayerRank, Verdict
@@ -48,8 +48,11 @@ def verdict(conditions: Conditions) -> Verdict:
     if not conditions.ranks:
         check = Check("layers", FAIL, "no layer that could be shifted got finite rows", "See inspect for the reasons.")
         return Verdict(NO_GO, "There is nothing to shift.", (check,))
-    general = [_rows(conditions), *_present(conditions), _freedom(conditions), _heldout(conditions)]
-    checks = (*general, *_batch(conditions), *_collapsed(conditions.collapse))
+    general, classes = [_rows(conditions), _freedom(conditions), _heldout(conditions)], conditions.classes
+    if classes:
+        general.insert(1, _present(conditions, classes))
+    batch = [_batch(conditions, classes)] if classes else []
+    checks = (*general, *batch, *([_collapsed(conditions.collapse)] if conditions.collapse else []))
     failed = [check.name for check in checks if check.status == FAIL]
     warned = [check.name for check in general if check.status == WARN]
     if failed:
@@ -59,90 +62,83 @@ def verdict(conditions: Conditions) -> Verdict:
     return Verdict(GO, "All conditions hold; the held-out gate still decides.", checks)
 
 
+def _check(name: str, figure: str, *rules: tuple[bool, str, str]) -> Check:
+    """The status and the advice of the first rule that applies; passed where none does."""
+    found = (Check(name, status, figure, advice) for applies, status, advice in rules if applies)
+    return next(found, Check(name, PASS, figure))
+
+
 def _rows(conditions: Conditions) -> Check:
-    name = "enough samples"
     scarce = min(conditions.ranks, key=lambda rank: rank.rows / rank.d)
     ratio = scarce.rows / scarce.d
-    figure = f"{conditions.samples} samples; {ratio:.2g} rows per input feature of {scarce.name} (fewest)"
-    if conditions.synthetic:
-        return Check(name, WARN, f"{figure}; made up", "Give real data with --calib: made-up inputs prove little.")
-    if ratio >= ENOUGH_ROWS:
-        return Check(name, PASS, figure)
+    made_up = "; made up" if conditions.synthetic else ""
     wanted = -(-conditions.samples * ENOUGH_ROWS // ratio)
-    advice = f"Give about {wanted:.0f} samples, or rely on held-out data: what few rows leave free, others may need."
-    return Check(name, WARN, figure, advice)
+    few = f"Give about {wanted:.0f} samples, or rely on held-out data: what few rows leave free, others may need."
+    return _check(
+        "enough samples",
+        f"{conditions.samples} samples; {ratio:.2g} rows per input feature of {scarce.name} (fewest){made_up}",
+        (conditions.synthetic, WARN, "Give real data with --calib: made-up inputs prove little."),
+        (ratio < ENOUGH_ROWS, WARN, few),
+    )
 
 
-def _present(conditions: Conditions) -> Iterator[Check]:
-    name, classes, counts = "every class present", conditions.classes, conditions.counts.values()
-    if not classes:
-        return
-    seen = len(counts)
+def _present(conditions: Conditions, classes: int) -> Check:
+    seen, counts = len(conditions.counts), conditions.counts.values()
     origin = "labels" if conditions.labelled else "the model's own answers"
-    few, many = min(counts, default=0), max(counts, default=0)
-    figure = f"{seen} of {classes} classes by {origin}; {few} to {many} samples"
+    fewest, most = min(counts, default=0), max(counts, default=0)
     advice = f"Add samples of the other {classes - seen}: a class that calibration never shows may lose its answers."
-    if seen == classes:
-        yield Check(name, PASS, figure)
-    else:
-        yield Check(name, FAIL if seen < (1 - MOST_MISSING) * classes else WARN, figure, advice)
+    return _check(
+        "every class present",
+        f"{seen} of {classes} classes by {origin}; {fewest} to {most} samples",
+        (seen < (1 - MOST_MISSING) * classes, FAIL, advice),
+        (seen < classes, WARN, advice),
+    )
 
 
 def _freedom(conditions: Conditions) -> Check:
-    name = "freedom exists"
     free = sum(rank.d - rank.needed for rank in conditions.ranks)
     whole = sum(norm for norm, _ in conditions.gains)
     share = sum(norm * ratio for norm, ratio in conditions.gains) / whole if whole else 1.0
     layers = sum(rank.needed < rank.d for rank in conditions.ranks)
-    figure = (
+    nothing = "Nothing to gain: training (weight decay) has already taken what the norm could give."
+    return _check(
+        "freedom exists",
         f"{free} free directions in {layers} of {len(conditions.ranks)} layers; at a layer residual of {JUDGED_AT:g} "
-        f"norm² falls to {share:.2f} of itself"
+        f"norm² falls to {share:.2f} of itself",
+        (share > HARDLY and not free, FAIL, nothing),
+        (share > WORTH_IT and not free, WARN, "Little to gain: look at the frontier before taking a tolerance."),
     )
-    if share > HARDLY and not free:
-        advice = "Nothing to gain: training (weight decay) has already taken what the norm could give."
-        return Check(name, FAIL, figure, advice)
-    if free or share <= WORTH_IT:
-        return Check(name, PASS, figure)
-    return Check(name, WARN, figure, "Little to gain: look at the frontier before taking a tolerance.")
 
 
 def _heldout(conditions: Conditions) -> Check:
-    name = "held-out data"
-    origin = "given" if conditions.judges_given else "split off the calibration data"
-    figure = f"{conditions.judges} samples, {origin}" if conditions.judges else "none"
-    if not conditions.judges:
-        return Check(name, WARN, figure, "Give --heldout: without it harm to unseen data goes unseen.")
-    if conditions.judges >= ENOUGH_JUDGES:
-        return Check(name, PASS, figure)
-    return Check(name, WARN, figure, f"Give at least {ENOUGH_JUDGES}: fewer cannot show a harm of a point or two.")
+    judges, origin = conditions.judges, "given" if conditions.judges_given else "split off the calibration data"
+    few = f"Give at least {ENOUGH_JUDGES}: fewer cannot show a harm of a point or two."
+    return _check(
+        "held-out data",
+        f"{judges} samples, {origin}" if judges else "none",
+        (not judges, WARN, "Give --heldout: without it harm to unseen data goes unseen."),
+        (judges < ENOUGH_JUDGES, WARN, few),
+    )
 
 
-def _batch(conditions: Conditions) -> Iterator[Check]:
-    name = "stochastic: B >= classes"
-    if not conditions.classes:
-        return
+def _batch(conditions: Conditions, classes: int) -> Check:
     seen = max(1, len(conditions.counts))
     widths = {rank.name: rank.d for rank in conditions.ranks}
     last = widths[conditions.collapse.layer] if conditions.collapse else max(widths.values())
     most = min(last - 1, conditions.samples)
-    figure = f"B may be {seen} to {most}: classes seen, and less than the last layer's width {last} or the samples"
-    if most < seen:
-        yield Check(name, WARN, figure, "Leave --stochastic out: a batch of every class leaves no freedom.")
-    elif seen < conditions.classes:
-        yield Check(name, WARN, figure, "A batch can hold only classes that are there.")
-    else:
-        yield Check(name, PASS, figure)
+    return _check(
+        "stochastic: B >= classes",
+        f"B may be {seen} to {most}: classes seen, and less than the last layer's width {last} or the samples",
+        (most < seen, WARN, "Leave --stochastic out: a batch of every class leaves no freedom."),
+        (seen < classes, WARN, "A batch can hold only classes that are there."),
+    )
 
 
-def _collapsed(collapse: Collapse | None) -> Iterator[Check]:
-    name = "stochastic: features collapsed"
-    if collapse is None:
-        return
+def _collapsed(collapse: Collapse) -> Check:
     nc4 = "" if collapse.nc4 is None else f", NC4 {100 * collapse.nc4:.1f} %"
-    figure = f"NC1 {collapse.nc1:.3g}{nc4} at the input of {collapse.layer}"
-    if collapse.nc1 <= COLLAPSED:
-        yield Check(name, PASS, figure)
-    elif collapse.nc1 <= LOOSE:
-        yield Check(name, WARN, figure, "Take a large B, and let held-out data choose the draw.")
-    else:
-        yield Check(name, WARN, figure, "Take a tolerance on all samples instead of --stochastic.")
+    return _check(
+        "stochastic: features collapsed",
+        f"NC1 {collapse.nc1:.3g}{nc4} at the input of {collapse.layer}",
+        (collapse.nc1 > LOOSE, WARN, "Take a tolerance on all samples instead of --stochastic."),
+        (collapse.nc1 > COLLAPSED, WARN, "Take a large B, and let held-out data choose the draw."),
+    )
