@@ -125,10 +125,11 @@ def _layer(weight: Weight, findings: Findings) -> schema.LayerReport:
     moved = solved if solved is not None and solved.moved else None
     objective, figure = layers.objective, moved.figure if moved else facts.figure
     weighs = objective.needs_slopes and moved is not None and not moved.note
+    # What is called the same on both sides needs no line of its own here: rows, rank, spectrum.
+    found = vars(facts) | (vars(moved) if moved else {})
+    known = replace(known, **{f.name: found[f.name] for f in fields(known) if f.name in found})
     return replace(
         known,
-        rows=facts.rows,
-        rank=facts.rank,
         tolerance=decision.candidate.tolerance if moved else None,
         norm_before=facts.norm,
         norm_after=moved.shift.norm_after if moved else facts.norm,
@@ -138,7 +139,6 @@ def _layer(weight: Weight, findings: Findings) -> schema.LayerReport:
         measured_residual=moved.residual if moved else 0.0,
         curvature_ratio=((figure / facts.figure) ** 2 if facts.figure else 1.0) if weighs else None,
         frontier=tuple(schema.FrontierPoint(tolerance, ratio, None) for tolerance, ratio in facts.frontier),
-        spectrum=facts.spectrum,
         headline=schema.Headline(objective.figure, facts.figure, figure),
     )
 

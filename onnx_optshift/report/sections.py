@@ -1,6 +1,7 @@
 """What a report says, section by section: what was asked for and what came out first, then the grounds for it.
 
-A pure function of the report. To show a new figure, add it to the model, measure it, and name it here.
+A pure function of the report. To show a new figure, add it to the model, measure it, and name it here; one of a layer
+has the same name in the model and where it is measured.
 """
 
 from __future__ import annotations

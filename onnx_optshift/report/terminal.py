@@ -94,7 +94,7 @@ def _table(table: Table, width: int, verbose: bool) -> Iterator[RenderableType]:
     widths = [
         max(cell_len(part) for part in [*table.titles[k].split(), *(text(row[k]) for row in table.rows)]) for k in kept
     ]
-    figures = [table.figures[k] for k in kept]
+    figures = [is_figure for k, is_figure in enumerate(table.figures) if k in kept]
     least = sum(w if is_figure else min(w, _NARROWEST) for w, is_figure in zip(widths, figures, strict=True))
     if least + _GAP * (len(kept) - 1) > width:
         for row in table.rows:
