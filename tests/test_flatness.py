@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from onnx_optshift.calibration.source import Part, Samples
 from onnx_optshift.capture.session import resolve_device
+from onnx_optshift.decide.gate import loss_of
 from onnx_optshift.diagnose.flatness import SIGMAS, flatness
 from onnx_optshift.diagnose.gauss_newton import top_eigenvalue
-from onnx_optshift.diagnose.landscape import Landscape, loss_of, smooth_session
+from onnx_optshift.diagnose.landscape import Landscape, smooth_session
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.selection import Selection
@@ -72,7 +73,7 @@ def near(found, expected, errors=3.0):
 
 def test_a_quadratic_loss_has_the_figures_of_theory():
     bench, samples = bench_of(linear(), TARGETS)
-    found = flatness(bench, samples, loss_of(bench, samples), {}, probes=64)
+    found = flatness(bench, samples, loss_of(bench.outputs, samples), {}, probes=64)
     # L = mean (xW - t)²/m per output, so that H = 2/m XᵀX/n for each of m columns.
     gram = X.astype(np.float64).T @ X / N
     norm = float(np.square(tiny_models.weight(D, M)).sum())
@@ -89,7 +90,7 @@ def test_a_quadratic_loss_has_the_figures_of_theory():
 
 def test_differences_of_a_quadratic_loss_are_exact_at_any_step():
     bench, samples = bench_of(linear(), TARGETS)
-    place = Landscape(bench, smooth_session(bench), samples, loss_of(bench, samples), {})
+    place = Landscape(bench, smooth_session(bench), samples, loss_of(bench.outputs, samples), {})
     hessian = np.kron(2 / M * X.astype(np.float64).T @ X / N, np.eye(M))
     z = place.signs("W", 0)
     for step in (0.03, 0.3, 3.0):
@@ -103,7 +104,7 @@ def test_differences_of_a_quadratic_loss_are_exact_at_any_step():
 @pytest.mark.parametrize("activation", ["Relu", "Tanh"])
 def test_second_differences_are_those_of_automatic_differentiation(activation):
     bench, samples = bench_of(mlp(activation))
-    loss = loss_of(bench, samples)
+    loss = loss_of(bench.outputs, samples)
     blocks = hessian_blocks(torch.relu if activation == "Relu" else torch.tanh)
     found = flatness(bench, samples, loss, {}, probes=48, seed=1)
     place = Landscape(bench, smooth_session(bench), samples, loss, {}, seed=1)
@@ -118,7 +119,7 @@ def test_second_differences_are_those_of_automatic_differentiation(activation):
 
 def test_relative_flatness_is_that_of_its_definition_and_keeps_under_rescaling():
     bench, samples = bench_of(mlp())
-    loss = loss_of(bench, samples)
+    loss = loss_of(bench.outputs, samples)
     blocks = hessian_blocks(torch.relu)
     weights = {"W1": W1.astype(np.float64), "W2": W2.astype(np.float64)}
     scale = np.float32(3)
@@ -147,7 +148,7 @@ def test_a_weight_on_the_edge_of_a_relu_has_no_spike():
     # The first sample's first unit sits exactly at 0.
     edge[:, 0] -= X[0] * (X[0] @ W1[:, 0] + BIAS[0]) / (X[0] @ X[0])
     bench, samples = bench_of(proto)
-    loss = loss_of(bench, samples)
+    loss = loss_of(bench.outputs, samples)
     centre = {"W1": edge}
     place = Landscape(bench, smooth_session(bench), samples, loss, centre)
     z = {"W1": place.signs("W1", 0)}
@@ -171,7 +172,7 @@ def test_a_weight_on_the_edge_of_a_relu_has_no_spike():
 
 def test_the_same_weights_before_and_after_show_no_change_and_others_do():
     bench, samples = bench_of(mlp())
-    loss = loss_of(bench, samples)
+    loss = loss_of(bench.outputs, samples)
     same = flatness(bench, samples, loss, {}, {"W1": W1}, probes=8)
     assert same.trace.change.value == same.gauss_newton.change.value == 0
     assert [point.rise.change.value for point in same.sharpness] == [0.0] * len(SIGMAS)
@@ -186,7 +187,7 @@ def test_the_same_weights_before_and_after_show_no_change_and_others_do():
 
 def test_repeatable_and_independent_of_the_batch_size():
     bench, samples = bench_of(mlp())
-    loss = loss_of(bench, samples)
+    loss = loss_of(bench.outputs, samples)
     one = flatness(bench, samples, loss, {}, probes=4, seed=7)
     again = flatness(bench, samples, loss, {}, probes=4, seed=7)
     other = flatness(bench, samples, loss, {}, probes=4, seed=8)
@@ -199,7 +200,7 @@ def test_repeatable_and_independent_of_the_batch_size():
 
 def test_without_labels_the_distance_is_flat_nowhere_but_zero_at_the_original():
     bench, samples = bench_of(mlp(), labels=None)
-    found = flatness(bench, samples, loss_of(bench, samples), {}, probes=16)
+    found = flatness(bench, samples, loss_of(bench.outputs, samples), {}, probes=16)
     assert found.loss_before < 1e-10
     assert found.gauss_newton.before.value == pytest.approx(found.trace.before.value, rel=0.02)
     assert found.trace.before.value > 0
@@ -215,7 +216,7 @@ def test_gauss_newton_and_its_largest_eigenvalue(probabilities):
         text = f"g (float[N,{D}] x) => (float[N,{M}] y) {{ {layers} }}"
         proto = tiny_models.model(text, {"W1": W1, "b": BIAS, "W2": W2})
     bench, samples = bench_of(proto)
-    found = flatness(bench, samples, loss_of(bench, samples), {}, probes=300)
+    found = flatness(bench, samples, loss_of(bench.outputs, samples), {}, probes=300)
     _, (w1, w2) = torch_loss(torch.relu)
 
     def outputs(w1, w2):
@@ -255,7 +256,7 @@ def test_models_within_two_errors_of_automatic_differentiation(name):
     import validate_flatness as tool
 
     bench, samples = tool.bench_of(name)
-    found = flatness(bench, samples, loss_of(bench, samples), {}, probes=200)
+    found = flatness(bench, samples, loss_of(bench.outputs, samples), {}, probes=200)
     network = tool.network_of(name)
     with np.load(tool.MODELS / name / "calibration.npz") as file:
         inputs = torch.from_numpy(file["pixels"].astype(np.float64))

@@ -25,8 +25,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from make_models import RECIPES
 
 from onnx_optshift.calibration.source import Samples
+from onnx_optshift.decide.gate import loss_of
 from onnx_optshift.diagnose.flatness import flatness
-from onnx_optshift.diagnose.landscape import Landscape, loss_of, smooth_session
+from onnx_optshift.diagnose.landscape import Landscape, smooth_session
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
@@ -125,7 +126,7 @@ def exact_mlp_trace(network: nn.Module, number: int, samples: torch.Tensor) -> f
 def error_on_the_same_probes(bench, samples, loss, key: str, value: torch.Tensor, layer, seed: int) -> float:
     """Relative error of the mean zᵀHz over a few of the run's own probes: what differencing alone costs."""
     weight = next(weight for weight in bench.weights if weight.name == layer.name)
-    place = Landscape(bench, smooth_session(bench), samples, loss_of(bench, samples), {}, seed)
+    place = Landscape(bench, smooth_session(bench), samples, loss_of(bench.outputs, samples), {}, seed)
     found, exact = 0.0, 0.0
     array = bench.model.initializer(layer.name)
     as_stored = array.shape == tuple(value.shape) and np.allclose(array, value.numpy())
@@ -185,7 +186,9 @@ def main() -> None:
     for name in arguments.names:
         bench, samples = bench_of(name)
         start = time.perf_counter()
-        found = flatness(bench, samples, loss_of(bench, samples), {}, probes=arguments.probes, seed=arguments.seed)
+        found = flatness(
+            bench, samples, loss_of(bench.outputs, samples), {}, probes=arguments.probes, seed=arguments.seed
+        )
         seconds = time.perf_counter() - start
         network = network_of(name)
         with np.load(MODELS / name / "calibration.npz") as file:

@@ -89,7 +89,7 @@ class Gate:
         self._quantizer = quantizer
         self.tried: list[Trial] = []
         self._known: dict[str, tuple[Trial, Judged]] = {}
-        self.loss = self._loss()
+        self.loss = loss_of(outputs, samples)
         self.allowed_distance = max(UNLABELLED_DISTANCE, 2 * tolerance)
         self._granted = 2 * tolerance
         self.before = self.run({})
@@ -98,11 +98,6 @@ class Gate:
     def rounds(self) -> bool:
         """Whether it is the quantized model that is judged."""
         return self._quantizer is not None
-
-    def _loss(self) -> Loss:
-        batch, outputs = next(iter(self._outputs.reference(self._samples)))
-        labels = batch.labels if self._samples.labels is None else self._samples.labels
-        return choose_loss(outputs, labels, _rows(batch))
 
     def run(self, arrays: Arrays) -> Judged:
         """Losses of the model with these weights; of the original when there are none."""
@@ -113,7 +108,7 @@ class Gate:
     def _run(self, arrays: Arrays, loss: Loss) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         losses, right = [], []
         for batch, outputs, reference in self._outputs.trial(self._samples, arrays):
-            batch_losses, batch_right = loss.per_sample(outputs, reference, batch.labels, _rows(batch))
+            batch_losses, batch_right = loss.per_sample(outputs, reference, batch.labels, judged_rows(batch))
             losses.append(batch_losses)
             if batch_right is not None:
                 right.append(batch_right)
@@ -210,7 +205,17 @@ def _digest(arrays: Arrays) -> str:
     return found.hexdigest()
 
 
-def _rows(batch: Batch) -> int:
+def loss_of(outputs: Outputs, samples: Samples) -> Loss:
+    """The loss that fits the original's outputs and the labels of these samples.
+
+    Raises:
+        InputError: The labels fit no output of the model.
+    """
+    batch, values = next(iter(outputs.reference(samples)))
+    return choose_loss(values, batch.labels if samples.labels is None else samples.labels, judged_rows(batch))
+
+
+def judged_rows(batch: Batch) -> int:
     """Rows of outputs that are judged one by one: a single feed may bring one label for each of its rows."""
     return len(batch.indices) if batch.labels is None else len(batch.labels)
 

@@ -6,9 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_optshift.calibration.source import Samples
+from onnx_optshift.decide.gate import loss_of
 from onnx_optshift.decide.loss import Loss
 from onnx_optshift.diagnose.collapse import collapse, layer_rank
-from onnx_optshift.diagnose.landscape import loss_of
 from onnx_optshift.diagnose.verdict import JUDGED_AT, Conditions, verdict
 from onnx_optshift.report.diagnosis import Diagnosis
 from onnx_optshift.run.bench import Bench
@@ -25,7 +25,7 @@ def conditions(bench: Bench, layers: Layers, data: Data) -> Diagnosis:
         data: The samples of the run.
     """
     samples = data.calibration
-    loss = loss_of(bench, samples)
+    loss = loss_of(bench.outputs, samples)
     facts = layers.survey()
     ranks = [layer_rank(w, facts[w.name], layers.spectrum(w)) for w in bench.weights if w.name in facts]
     classes, output = _classes(bench, samples, loss)

@@ -30,9 +30,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.calibration.split import thinned
+from onnx_optshift.decide.gate import loss_of
 from onnx_optshift.decide.loss import Loss
 from onnx_optshift.diagnose.gauss_newton import top_eigenvalue
-from onnx_optshift.diagnose.landscape import Landscape, loss_of, smooth_session
+from onnx_optshift.diagnose.landscape import Landscape, smooth_session
 from onnx_optshift.report.diagnosis import Estimate, Flatness, FlatnessReport, LayerFlatness, Sharpness
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.layers import Arrays
@@ -129,7 +130,7 @@ def flatness_of(
     """
     few = thinned(samples, MOST_FLATNESS_SAMPLES, settings.seed)
     count = settings.flatness or DEFAULT_PROBES if probes is None else probes
-    return flatness(bench, few, loss_of(bench, few), {}, arrays, probes=count, seed=settings.seed)
+    return flatness(bench, few, loss_of(bench.outputs, few), {}, arrays, probes=count, seed=settings.seed)
 
 
 def _root(matrix: NDArray[np.float64]) -> NDArray[np.float64]:

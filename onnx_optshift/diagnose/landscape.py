@@ -27,7 +27,8 @@ from numpy.typing import NDArray
 from onnx_optshift.calibration.source import Batch, Samples
 from onnx_optshift.capture.session import Session
 from onnx_optshift.capture.stream import real_outputs
-from onnx_optshift.decide.loss import Loss, choose_loss
+from onnx_optshift.decide.gate import judged_rows
+from onnx_optshift.decide.loss import Loss
 from onnx_optshift.diagnose.gauss_newton import output_root
 from onnx_optshift.graph.smooth_piece import CENTER, smooth_piece_model
 from onnx_optshift.run.bench import Bench
@@ -55,16 +56,6 @@ class Differences(NamedTuple):
 
     second: float  # zᵀHz, up to truncation and rounding
     root: NDArray[np.float32]  # `B Jz` over all samples `[n k]`, JᵀBᵀBJ/n the Gauss-Newton matrix; empty unless asked
-
-
-def loss_of(bench: Bench, samples: Samples) -> Loss:
-    """The loss that fits the model's outputs and the labels of these samples.
-
-    Raises:
-        InputError: The labels fit no output of the model.
-    """
-    batch, outputs = next(iter(bench.outputs.reference(samples)))
-    return choose_loss(outputs, batch.labels if samples.labels is None else samples.labels, _rows(batch))
 
 
 def smooth_session(bench: Bench) -> Session:
@@ -104,7 +95,7 @@ class Landscape:
         self.count, total = 0, 0.0
         for batch, reference, (outputs,) in self._runs(self._center):
             total += self._losses(batch, reference, outputs)
-            self.count += _rows(batch)
+            self.count += judged_rows(batch)
             names = [loss.output] if loss.output is not None else list(outputs)
             self._outputs.append({n: outputs[n] for n in names if np.issubdtype(outputs[n].dtype, np.floating)})
         self.value = total / self.count
@@ -152,7 +143,9 @@ class Landscape:
             total += self._losses(batch, reference, above) + self._losses(batch, reference, below)
             if root:
                 slopes = {name: (above[name].astype(np.float64) - below[name]) / (2 * step) for name in center}
-                pieces.append(output_root(self._loss, center, reference, slopes, _rows(batch), batch.labels).ravel())
+                pieces.append(
+                    output_root(self._loss, center, reference, slopes, judged_rows(batch), batch.labels).ravel()
+                )
         second = (total / self.count - 2 * self.value) / step**2
         return Differences(second, np.concatenate(pieces).astype(np.float32))
 
@@ -199,9 +192,4 @@ class Landscape:
 
     def _losses(self, batch: Batch, reference: Values, outputs: Values) -> float:
         """Sum of the losses of a batch."""
-        return float(self._loss.per_sample(outputs, reference, batch.labels, _rows(batch))[0].sum())
-
-
-def _rows(batch: Batch) -> int:
-    """Rows of outputs that have a loss of their own: a single feed may bring one label for each of its rows."""
-    return batch.rows if batch.labels is None else len(batch.labels)
+        return float(self._loss.per_sample(outputs, reference, batch.labels, judged_rows(batch))[0].sum())
