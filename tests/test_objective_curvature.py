@@ -11,8 +11,8 @@ from onnx import numpy_helper
 
 from onnx_optshift import api
 from onnx_optshift.commands import shift
-from onnx_optshift.run.budget import Costs
-from onnx_optshift.run.capture import captured, objective_of
+from onnx_optshift.run.budget import Budget, Costs, make_plan
+from onnx_optshift.run.capture import captured, layers_maker, objective_of
 from onnx_optshift.run.feature_curvature import feature_curvature
 from onnx_optshift.run.layers import NONFINITE_SLOPES, UNSEEN, Layers
 from onnx_optshift.run.prepare import prepare
@@ -166,23 +166,31 @@ def test_where_the_metric_overflows_the_plain_norm_serves_and_says_so(tmp_path):
     np.testing.assert_allclose(arrays(tmp_path / "out.onnx")["W2"], [[2.0**-8], [2.0**-8]])
 
 
-def test_a_tight_memory_limit_costs_passes_and_changes_nothing(tmp_path):
-    model, inputs = MODELS / "digits_transformer" / "model.onnx", feeds("digits_transformer", 20)
-    run(model, inputs, tmp_path / "free.onnx", batch_size=10)
-    free = prepared_with(model, inputs, batch_size=10)
-    limit = {"batch_size": 10, "max_memory": free.predicted_memory - 1}
-    assert len(free.bench.waves) == 1
-    assert len(prepared_with(model, inputs, **limit).bench.waves) > 1
-    run(model, inputs, tmp_path / "tight.onnx", **limit)
-    assert (tmp_path / "tight.onnx").read_bytes() == (tmp_path / "free.onnx").read_bytes()
+def test_passes_instead_of_memory_change_nothing():
+    prepared = prepared_with(MODELS / "digits_transformer" / "model.onnx", feeds("digits_transformer", 20))
+
+    def found(bench):
+        make = layers_maker(replace(prepared, bench=bench), prepared.data, objective_of(prepared))
+        return make(bench.statistics(prepared.data.calibration)).candidate(0.05).arrays
+
+    together = found(prepared.bench)
+    apart = found(replace(prepared.bench, waves=tuple((tap,) for tap in prepared.bench.taps)))
+    assert len(prepared.bench.waves) == 1 < len(prepared.bench.taps)
+    assert together.keys() == apart.keys()
+    assert all(np.array_equal(array, apart[name]) for name, array in together.items())
 
 
 def test_memory_for_the_metric_is_planned():
     bench = prepared_with(MODELS / "digits_mlp" / "model.onnx", feeds("digits_mlp", 20)).bench
-    known = {"external": 0, "inline": 0, "values": {}, "outputs": 1, "rows": bench.rows, "samples": 20, "parts": 1}
+    values = {tap.value: 1 for tap in bench.taps}
+    known = {"external": 0, "inline": 0, "values": values, "outputs": 1, "rows": bench.rows, "samples": 20, "parts": 1}
     plain, weighed = (Costs(**known, metric=metric, apart=False) for metric in (False, True))
     assert weighed.held(bench.taps) - plain.held(bench.taps) >= sum(2 * 8 * weight.d**2 for weight in bench.weights)
-    assert weighed.solve(bench.weights) > plain.solve(bench.weights)
+    free, unweighed = (make_plan(costs, bench.weights, 1, Budget(2**40, 0, None, True)) for costs in (weighed, plain))
+    assert free.predicted > unweighed.predicted
+    tight = make_plan(weighed, bench.weights, 1, Budget(free.predicted - 1, 0, None, True))
+    assert len(free.waves) == 1 < len(tight.waves)
+    assert tight.predicted < free.predicted
 
 
 def test_layers_that_read_the_same_value_share_a_metric():
