@@ -33,6 +33,7 @@ from onnx_optshift.graph.weights import Weight
 from onnx_optshift.report.diagnosis import Collapse, LayerRank
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.layers import LayerFacts
+from onnx_optshift.run.outputs import Outputs
 from onnx_optshift.solve.finish import as_matrix
 from onnx_optshift.solve.spectrum import Spectrum
 from onnx_optshift.stats.moments import InputMoments
@@ -126,7 +127,7 @@ def collapse(
         return None
     tap = weight.uses[0].tap
     features = Features(labels, weight.d, bench.device.solve)
-    answers = None if logits is None else _answers(bench, samples, labels, logits)
+    answered = None if logits is None else answers(bench.outputs, samples, logits, labels)
     fits, wrong = True, 0
     session = bench.sessions.probe([tap])
 
@@ -139,9 +140,9 @@ def collapse(
 
     def compare(_: Tap, batch: Batch, activation: Tensor) -> None:
         nonlocal wrong
-        assert answers is not None
+        assert answered is not None
         found = nearest(to_rows(activation, tap)[0], features.means).cpu().numpy()
-        wrong += int((found != answers[batch.indices]).sum())
+        wrong += int((found != answered[batch.indices]).sum())
 
     def run(sink: Sink) -> None:
         with bench.progress.stage("neural collapse", len(samples)) as advance:
@@ -151,7 +152,7 @@ def collapse(
     if not fits:
         return None
     columns = None
-    if answers is not None:
+    if answered is not None:
         run(compare)
         columns = as_matrix(bench.model.initializer(weight.name), weight.form, bench.device.solve)[0].mT[labels]
     return Collapse(
@@ -164,13 +165,15 @@ def collapse(
         nc2_angles=angle_spread(features.centred),
         nc2_weight_norms=None if columns is None else norm_spread(columns),
         nc3=None if columns is None else duality_gap(columns, features.centred),
-        nc4=None if answers is None else wrong / len(samples),
+        nc4=None if answered is None else wrong / len(samples),
     )
 
 
-def _answers(bench: Bench, samples: Samples, labels: NDArray[np.int64], logits: str) -> NDArray[np.int64]:
-    """The model's answer for each sample among the labels that are there, as their number in them `[n]`."""
-    scores = [outputs[logits].reshape(batch.rows, -1) for batch, outputs in bench.outputs.reference(samples)]
+def answers(
+    outputs: Outputs, samples: Samples, logits: str, labels: NDArray[np.int64] | slice = slice(None)
+) -> NDArray[np.int64]:
+    """The model's answer for each sample `[n]`: where the largest score is, among those of the labels."""
+    scores = [values[logits].reshape(batch.rows, -1) for batch, values in outputs.reference(samples)]
     return np.concatenate([part[:, labels].argmax(axis=1) for part in scores])
 
 
