@@ -40,7 +40,7 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(source, tmp_path_factory):
+def whole(run, source, tmp_path_factory):
     """What an undisturbed run writes: digests by name; by whether the data is external."""
     found = {}
     for external in (False, True):
@@ -62,9 +62,58 @@ def command(*words):
     return [sys.executable, "-m", "onnx_optshift", *map(str, words)]
 
 
-def run(*words, **options):
-    words = command(*words, *QUICK)
-    return subprocess.run(words, capture_output=True, text=True, timeout=120, check=False, **options)
+# Does what a user's shell does for each line, with everything loaded once: a run of its own costs seconds to load.
+SHELL = """
+import json, os, sys, tempfile
+import onnx_optshift.commands.shift
+from onnx_optshift import cli
+
+for line in sys.stdin:
+    job = json.loads(line)
+    pipes = [os.pipe() for _ in range(2)]
+    child = os.fork()
+    if not child:
+        status = 1
+        for number, (_, write) in enumerate(pipes, start=1):
+            os.dup2(write, number)
+        sys.stdout, sys.stderr = (open(number, "w", encoding="utf-8") for number in (1, 2))
+        if job["size"] is not None:
+            import resource
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["size"], job["size"]))
+        tempfile.tempdir = job["temporary"]
+        sys.argv[1:] = job["words"]
+        try:
+            cli.run()
+        except SystemExit as end:
+            status = end.code
+        finally:
+            os._exit(status)
+    for _, write in pipes:
+        os.close(write)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    texts = []
+    for read, _ in pipes:
+        with open(read, encoding="utf-8") as pipe:
+            texts.append(pipe.read())
+    print(json.dumps([status, *texts]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def run():
+    """Runs the command line in a process of its own; `size` is a limit of files, in bytes, as if a disk were full."""
+    words = [sys.executable, "-c", SHELL]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as shell:
+
+        def answer(*words, quick=QUICK, size=None, temporary=None):
+            words = [str(word) for word in (*words, *quick)]
+            job = {"words": words, "size": size, "temporary": temporary and str(temporary)}
+            shell.stdin.write(json.dumps(job) + "\n")
+            shell.stdin.flush()
+            return subprocess.CompletedProcess(words, *json.loads(shell.stdout.readline()))
+
+        yield answer
+        shell.stdin.close()
 
 
 # Repeats a command, each time disturbed at the next file operation in a folder, until it ends undisturbed.
@@ -164,13 +213,6 @@ def test_the_disturbances_leave_debris_where_nobody_tidies(source, tmp_path):
     assert any(name.startswith(".onnx-optshift-") for names in left for name in names)
 
 
-def limited(size):
-    """Has files of a process end at this size [bytes], as on a disk that is full."""
-    import resource
-
-    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
 @posix
 @pytest.mark.parametrize(
     ("words", "size", "old"),
@@ -181,7 +223,7 @@ def limited(size):
         (["--dry-run"], 4096, b""),
     ],
 )
-def test_a_full_disk(words, size, old, source, tmp_path):
+def test_a_full_disk(run, words, size, old, source, tmp_path):
     folder, scratch = tmp_path / "folder", tmp_path / "scratch"
     folder.mkdir()
     scratch.mkdir()
@@ -190,7 +232,7 @@ def test_a_full_disk(words, size, old, source, tmp_path):
         out.write_bytes(old)
     before = contents(folder)
     words = [out if word == "OUT" else word for word in words]
-    done = run(source, *words, preexec_fn=limited(size), env={**os.environ, "TMPDIR": str(scratch)})
+    done = run(source, *words, size=size, temporary=scratch)
     assert done.returncode == 2
     assert done.stdout == ""
     assert os.strerror(errno.EFBIG) in done.stderr
@@ -202,11 +244,10 @@ def test_a_full_disk(words, size, old, source, tmp_path):
 
 @posix
 @pytest.mark.parametrize("suffix", ["json", "html"])
-def test_no_room_for_the_report(suffix, source, tmp_path):
+def test_no_room_for_the_report(run, suffix, source, tmp_path):
     path = tmp_path / f"report.{suffix}"
     path.write_bytes(OLD)
-    words = command("inspect", source, "--report", path)
-    done = subprocess.run(words, capture_output=True, text=True, check=False, preexec_fn=limited(1000))
+    done = run("inspect", source, "--report", path, quick=(), size=1000)
     assert done.returncode == 2
     assert f"--report {path}: cannot be written: {os.strerror(errno.EFBIG)}" in done.stderr.splitlines()[-1]
     assert done.stderr.count("error") == 1
@@ -214,8 +255,8 @@ def test_no_room_for_the_report(suffix, source, tmp_path):
 
 
 @posix
-def test_enough_room_is_enough(source, whole, tmp_path):
-    done = run(source, tmp_path / "out.onnx", preexec_fn=limited(100_000))
+def test_enough_room_is_enough(run, source, whole, tmp_path):
+    done = run(source, tmp_path / "out.onnx", size=100_000)
     assert done.returncode == 0
     assert contents(tmp_path) == whole[False]
 
@@ -233,7 +274,7 @@ def small_disk(tmp_path):
 
 
 @pytest.mark.parametrize("external", [False, True])
-def test_a_disk_that_is_really_full(external, source, small_disk):
+def test_a_disk_that_is_really_full(run, external, source, small_disk):
     out = small_disk / "out.onnx"
     out.write_bytes(OLD)
     before = contents(small_disk)
@@ -276,7 +317,7 @@ def test_closed_standard_streams(closed, source, whole, tmp_path):
     assert contents(tmp_path) == whole[False]
 
 
-@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("external", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_runs_into_one_file(external, source, whole, tmp_path):
     words = command(source, tmp_path / "out.onnx", *external * ["--save-as-external-data"], *QUICK)
     runs = [subprocess.Popen(words, stderr=subprocess.PIPE, text=True) for _ in range(2)]
@@ -330,11 +371,11 @@ def test_a_crash_in_the_middle(terminal, source, tmp_path):
     os.close(ours)
     assert code == 2
     assert seen.count("\n") == 1
-    assert "error: a native library crashed (SIGABRT) at the start; nothing was written." in seen
+    assert "error: a native library crashed (SIGABRT) during preparation; nothing was written." in seen
     assert {path.name for path in tmp_path.iterdir()} == {"data.py"}
 
 
-def test_a_model_that_may_only_be_read(source, whole, tmp_path):
+def test_a_model_that_may_only_be_read(run, source, whole, tmp_path):
     shutil.copytree(source.parent, tmp_path, dirs_exist_ok=True)
     model, out = tmp_path / "model.onnx", tmp_path / "new" / "out.onnx"
     out.parent.mkdir()
@@ -366,7 +407,7 @@ def test_a_folder_that_may_only_be_read(source, tmp_path):
 
 @posix
 @pytest.mark.parametrize("stem", ["a\nмодель 😀", "x" * 250, "語" * 83 + "x"])
-def test_names_of_any_kind_and_any_length(stem, source, tmp_path):
+def test_names_of_any_kind_and_any_length(run, stem, source, tmp_path):
     out, report = tmp_path / f"{stem}.onnx", tmp_path / f"{stem}.json"
     done = run(source, out, "--save-as-external-data", "--report", report)
     assert (done.returncode, done.stderr) == (0, "")
@@ -379,7 +420,7 @@ def test_names_of_any_kind_and_any_length(stem, source, tmp_path):
 
 
 @posix
-def test_a_name_that_is_too_long_is_one_message(source, tmp_path):
+def test_a_name_that_is_too_long_is_one_message(run, source, tmp_path):
     done = run(source, tmp_path / f"{'x' * 251}.onnx")
     assert done.returncode == 2
     assert "File name too long" in done.stderr
