@@ -68,7 +68,7 @@ def _kept(layers: Sequence[LayerReport]) -> str:
 
 
 def _skips(layers: Sequence[LayerReport]) -> str:
-    reasons = Counter(layer.reason for layer in layers)
+    reasons = Counter(layer.reason.partition(". (a)")[0] for layer in layers)
     return "; ".join(f"{_number(count)} skipped ({reason})" for reason, count in reasons.most_common(3))
 
 
