@@ -1,4 +1,4 @@
-"""Top-1 accuracy, NLL and output error of models on labelled data that no run has seen, side by side as a table.
+"""Top-1 accuracy and NLL of models on labelled data that no run has seen, side by side as a table.
 
     python tools/score.py heldout.npz original.onnx shifted.onnx [...]
 
