@@ -16,48 +16,30 @@ if TYPE_CHECKING:
 
     __version__: str
 
-__all__ = [
-    "DeviceError",
-    "InputError",
-    "OptShiftError",
-    "Report",
-    "Settings",
-    "ToleranceError",
-    "__version__",
-    "inspect",
-    "shift",
-    "verify",
-]
+__all__ = ["DeviceError", "InputError", "OptShiftError", "Report", "Settings", "ToleranceError"]
+__all__ += ["__version__", "inspect", "shift", "verify"]
 
 _HOMES = {
-    "DeviceError": "errors",
-    "InputError": "errors",
-    "OptShiftError": "errors",
-    "Report": "report.model",
-    "Settings": "settings",
-    "ToleranceError": "errors",
-    "inspect": "api",
-    "shift": "api",
-    "verify": "api",
+    "api": ("inspect", "shift", "verify"),
+    "errors": ("DeviceError", "InputError", "OptShiftError", "ToleranceError"),
+    "report.model": ("Report",),
+    "settings": ("Settings",),
 }
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return _version()
-    if name in _HOMES:
-        return getattr(import_module(f"onnx_optshift.{_HOMES[name]}"), name)
+        from importlib import metadata
+
+        try:
+            return metadata.version("onnx-optshift")
+        except metadata.PackageNotFoundError:
+            return "unknown (not installed)"
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"onnx_optshift.{home}"), name)
     raise AttributeError(f"module 'onnx_optshift' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-def _version() -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version("onnx-optshift")
-    except metadata.PackageNotFoundError:
-        return "unknown (not installed)"

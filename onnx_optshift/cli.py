@@ -50,10 +50,7 @@ def _traced() -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command.
-
-    Args:
-        argv: Arguments without the program's name; those of the process by default.
+    """Runs one command: with these arguments, without the program's name, or with those of the process.
 
     Returns:
         The exit status: 0 done, 2 bad usage or bad input, 3 outputs left the tolerance, 130 interrupted.

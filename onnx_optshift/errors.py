@@ -15,7 +15,7 @@ class InputError(OptShiftError):
 
 
 class DeviceError(OptShiftError):
-    """The device or execution provider that was asked for cannot be had. Nothing was written."""
+    """The device or execution provider that was asked for is unavailable. Nothing was written."""
 
 
 class ToleranceError(OptShiftError):
@@ -25,13 +25,7 @@ class ToleranceError(OptShiftError):
 
 
 def closest(name: str, candidates: list[str], limit: int = 3) -> str:
-    """A hint such as ` Close matches: 'a', 'b'.`, or an empty string when nothing is close.
-
-    Args:
-        name: What the user wrote.
-        candidates: The names that would have been accepted.
-        limit: How many matches at most.
-    """
+    """A hint such as ` Close matches: 'a', 'b'.` for what a user wrote, or an empty string when nothing is close."""
     import difflib  # only needed on the way to an error message
 
     matches = difflib.get_close_matches(name, candidates, n=limit, cutoff=0.5)
