@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from onnx_optshift.settings import OBJECTIVES, RANGE_SCOPES
+from onnx_optshift.settings import OBJECTIVES, RANGE_SCOPES, ROW_WEIGHTINGS
 
 PROGRAM = "onnx-optshift"
 SHIFT, INSPECT, VERIFY, DIAGNOSE = "shift", "inspect", "verify", "diagnose"
@@ -110,6 +110,12 @@ def _choices(add: _Add) -> None:
     text = "what shares a scale of the quantizer, for --objective range (default: channel)"
     add(_SOLVED, "--range-scope", text, metavar="|".join(RANGE_SCOPES))
     add(_SOLVED, "--range-block", "inputs of a channel that share a scale: 32, 64 or 128", **_N)
+    text = "with --objective range and one bit width: narrow floats instead of weights on the quantizer's grid"
+    add(_SOLVED, "--no-snap", text, dest="snap", action="store_false")
+    text = "how rows count: each relative to its own output (relative, the default), or all alike (none)"
+    add(_ALL, "--row-weighting", text, metavar="|".join(ROW_WEIGHTINGS))
+    text = "input whose zeros mark rows to leave out, or none for no rows (default: found by trying)"
+    add(_ALL, "--row-mask", text, metavar="INPUT|none")
     text = "bit widths to be quantized to: the report gives their errors before and after"
     add(_SOLVED, "--quantization-bits", text, type=_bits, metavar="B[,B...]")
     text = "only these layers: exact names, globs or re:... of nodes or initializers"

@@ -11,6 +11,7 @@ from typing import Literal, TypeGuard
 from onnx_optshift.errors import InputError, closest
 
 OBJECTIVES = ("norm", "range", "curvature")
+ROW_WEIGHTINGS = ("relative", "none")
 RANGE_SCOPES = ("channel", "tensor")
 MOST_BITS = 8
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -59,6 +60,15 @@ class Settings:
             output channel; `"tensor"` the whole weight.
         range_block: Consecutive inputs of a channel that share a scale, as 4-bit weight-only quantizers have it (32,
             64, 128); None, the default, for `range_scope`.
+        snap: Whether weights are put on the grid of the quantizer, so that round-to-nearest reproduces them, where the
+            objective is `"range"`, one bit width is given and the tolerance leaves room; True, the default. Otherwise
+            they are only made narrow for it.
+        row_weighting: `"relative"`, the default, counts every row's error relative to the row's own output, so that
+            few rows of large outputs do not own the tolerance; `"none"` counts all rows alike. Exact shifts are the
+            same either way.
+        row_mask: Input `[batch, sequence]` of 0 and 1 whose zeros mark rows that the model ignores, such as padding:
+            they are left out, and outputs are compared elsewhere. `"auto"`, the default, finds one by trying;
+            `"none"` uses all rows.
         flatness: Random directions for each layer with which the loss's curvature is measured before and after; None,
             the default, measures none, as it takes three runs of the data for each.
         max_drift: For a comparison of two models: the largest share of a layer's output that the shift may change for
@@ -90,6 +100,9 @@ class Settings:
     quantization_bits: tuple[int, ...] = ()
     range_scope: str = "channel"
     range_block: int | None = None
+    snap: bool = True
+    row_weighting: str = "relative"
+    row_mask: str = "auto"
     flatness: int | None = None
     max_drift: float | None = None
 
@@ -111,6 +124,7 @@ class Settings:
                 "batch. Give one of them."
             )
         _check_known("objective", self.objective, OBJECTIVES)
+        _check_known("row_weighting", self.row_weighting, ROW_WEIGHTINGS)
         _check_known("range_scope", self.range_scope, RANGE_SCOPES, "; for blocks give range_block")
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise InputError(

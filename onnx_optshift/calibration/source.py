@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,12 +32,22 @@ class Batch:
         labels: Labels of the real samples, or None. Of a feed, one label, or one for each of its rows.
         indices: Numbers of the real samples in the `Samples` whose `batches` gave this batch, `[rows]`.
         padding: Copies of the last sample at the end, which only fill a fixed batch dimension.
+        mask: Input whose zeros mark positions that the model ignores; None where all count.
     """
 
     feeds: Feeds
     labels: Array | None
     indices: NDArray[np.int64]
     padding: int = 0
+    mask: str | None = None
+
+    @property
+    def kept(self) -> NDArray[np.bool_] | None:
+        """Which positions `[rows, positions]` of the real samples count; None where all do."""
+        if self.mask is None or self.mask not in self.feeds:
+            return None
+        values = self.feeds[self.mask]
+        return np.asarray(values[: len(values) - self.padding] != 0)
 
     @property
     def rows(self) -> int:
@@ -95,6 +105,7 @@ class Samples:
         self.notes = list(notes)
         self._parts = list(parts)
         self._batch = batch
+        self._mask: str | None = None
         self._starts = np.cumsum([0] + [part.rows for part in parts], dtype=np.int64)
         self._order = np.arange(self._starts[-1], dtype=np.int64)  # sample numbers over all parts
         # Of inputs alone, and of inputs with labels, by sample number over all parts; shared by all views.
@@ -154,6 +165,12 @@ class Samples:
         view._order = self._order[chosen]
         return view
 
+    def masked(self, name: str) -> Samples:
+        """A view whose batches say which positions the zeros of an input mask."""
+        view = copy(self)
+        view._mask = name
+        return view
+
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """The samples in order, in batches; at most the arrays of one batch and of one file are alive.
 
@@ -166,7 +183,9 @@ class Samples:
         """
         if batch_size < 1:
             raise InputError(f"batch size: expected at least 1, found {batch_size}.")
-        size = self._batch or batch_size
+        return (replace(batch, mask=self._mask) for batch in self._batches(self._batch or batch_size))
+
+    def _batches(self, size: int) -> Iterator[Batch]:
         held: list[Batch] = []  # pieces of the batch in the making
         for part, rows, positions in self._stretches():
             feeds = part.read()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from onnx_optshift.calibration.source import Batch
 from onnx_optshift.capture.session import Session, as_tensor
 from onnx_optshift.errors import InputError
-from onnx_optshift.geometry import Tap
+from onnx_optshift.geometry import MatrixRows, Tap
 
 Sink = Callable[[Tap, Batch, torch.Tensor], None]
 
@@ -29,6 +29,7 @@ def stream(
     *,
     overrides: Mapping[str, NDArray[np.generic]] | None = None,
     done: Callable[[int], None] = lambda _: None,
+    drop_masked: bool = True,
 ) -> None:
     """Runs each batch once and hands every tap's activation to `sink`, one batch alive at a time.
 
@@ -39,6 +40,7 @@ def stream(
         sink: Called with (tap, batch, activation); it must not keep the activation, whose buffer may be reused.
         overrides: Values of overridable initializers for this pass.
         done: Called after each batch with its number of samples.
+        drop_masked: Whether rows at positions that the batch masks are left out.
 
     Raises:
         InputError: ONNX Runtime cannot run the model on a batch.
@@ -62,7 +64,8 @@ def stream(
                 activations[value] = as_tensor(batch.feeds[value]).to(session.device.solve)
         for tap in taps:
             first = tap.inside.loops if tap.inside else 0
-            sink(tap, batch, without_padding(activations[tap.value], batch, first))
+            real = without_padding(activations[tap.value], batch, first)
+            sink(tap, batch, without_masked(real, tap, batch) if drop_masked else real)
         done(batch.rows)
 
 
@@ -97,8 +100,29 @@ def without_padding(value: Any, batch: Batch, first: int = 0) -> Any:
 
 
 def real_outputs(outputs: Mapping[str, NDArray[Any]], batch: Batch) -> dict[str, NDArray[Any]]:
-    """Outputs of a batch without those of the copies that only fill a fixed batch dimension."""
-    return {name: without_padding(value, batch) for name, value in outputs.items()}
+    """Outputs of a batch without those of the copies that only fill it, and 0 at positions that it masks."""
+    real = {name: without_padding(value, batch) for name, value in outputs.items()}
+    if (kept := batch.kept) is None:
+        return real
+    return {
+        name: np.where(kept.reshape(*kept.shape, *[1] * (value.ndim - 2)), value, value.dtype.type(0))
+        if value.ndim >= 2 and value.shape[:2] == kept.shape
+        else value
+        for name, value in real.items()
+    }
+
+
+def without_masked(activation: torch.Tensor, tap: Tap, batch: Batch) -> torch.Tensor:
+    """An activation without the rows at positions that the batch masks; whole where its axes do not show them."""
+    form = tap.form
+    if (kept := batch.kept) is None or not isinstance(form, MatrixRows) or form.batch or form.feature_axis != -1:
+        return activation
+    mask = torch.from_numpy(kept).to(activation.device)
+    if activation.ndim >= 3 and tuple(activation.shape[:2]) == kept.shape:
+        return activation[mask]
+    if activation.ndim == 2 and len(activation) == kept.size:
+        return activation[mask.flatten()]
+    return activation
 
 
 def _sample_layouts(shape: Sequence[int], size: int, first: int) -> Iterator[tuple[int, int]]:

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from onnx_optshift.calibration.source import Samples
-from onnx_optshift.decide.decision import Decision, Grounds, Way, decided
+from onnx_optshift.decide.by_rounding import by_rounding
+from onnx_optshift.decide.decision import Decision, Grounds, Way, decided, measured
 from onnx_optshift.decide.draws import balanced_batch, batch_sizes, classes_of
 from onnx_optshift.decide.gate import NO_INCREASE, Gate, Judged, paired
 from onnx_optshift.decide.recapture import affordable, layer_by_layer
@@ -49,9 +50,37 @@ def choose(grounds: Grounds, settings: Settings, layers_for: Callable[[Samples],
     if settings.stochastic is not None:
         classes = classes_of(grounds.bench.outputs, grounds.tried_on)
         return stochastic(grounds, settings.stochastic, classes, layers_for)
+    rounded = bool(grounds.full.objective.grids)
+    # One file lies on one grid: what several widths are asked for stays narrow for all of them.
+    snap = rounded and settings.snap and len(settings.quantization_bits) == 1
     if settings.tolerance == "auto":
-        return automatic(grounds)
-    return within(grounds, settings.tolerance) if settings.tolerance > 0 else exact(grounds)
+        return by_rounding(_judged(grounds), snap=snap) if rounded else automatic(_judged(grounds))
+    if settings.tolerance == 0:
+        return exact(grounds)
+    notes: tuple[str, ...] = ()
+    if snap:
+        decision = by_rounding(grounds, snap=True, most=settings.tolerance)
+        if decision.promise.tolerance <= settings.tolerance:
+            return replace(decision, promise=Promise(settings.tolerance, "tolerance", grounds.samples))
+        notes = (
+            f"on the quantizer's grid the outputs deviate by {decision.promise.tolerance:.2g}, more than the "
+            "tolerance: the weights are only made narrow. --tolerance auto puts them on the grid",
+        )
+    decision = within(grounds, settings.tolerance)
+    return replace(decision, notes=(*notes, *decision.notes))
+
+
+def _judged(grounds: Grounds) -> Grounds:
+    """The same.
+
+    Raises:
+        InputError: There is no held-out data to decide on.
+    """
+    if grounds.gate is None:
+        raise InputError(
+            "--tolerance auto decides on held-out data, and there is none: give --heldout, or more calibration samples."
+        )
+    return grounds
 
 
 def exact(grounds: Grounds) -> Decision:
@@ -134,15 +163,9 @@ def automatic(grounds: Grounds) -> Decision:
     The loss is that of the model as it is, or the quantized model's error where weights are going to be rounded. Two
     are equal where they differ by no more than rounding. Without labels the only loss is the distance to the original,
     which no shift can make smaller: then only the exact one is taken.
-
-    Raises:
-        InputError: There is no held-out data to decide on.
     """
     gate = grounds.gate
-    if gate is None:
-        raise InputError(
-            "--tolerance auto decides on held-out data, and there is none: give --heldout, or more calibration samples."
-        )
+    assert gate is not None
     if gate.loss.is_distance and not gate.rounds:
         note = "auto: without labels no held-out loss can fall, so that only exact shifts are taken"
         return replace(exact(grounds), notes=(note,))
@@ -177,7 +200,7 @@ def automatic(grounds: Grounds) -> Decision:
         decision = exact(grounds)
         return replace(decision, rejected={**refused, **decision.rejected}, notes=(note,))
     candidate = grounds.full.candidate(chosen)  # held, so that it is not solved again
-    promise = _measured(grounds, candidate, grounds.samples)
+    promise = measured(grounds, candidate)
     return decided(grounds, grounds.parallel, chosen, promise, "auto", notes=(note,))
 
 
@@ -191,12 +214,6 @@ def _neighbours(residual: float, path: Sequence[float]) -> list[float]:
     below = max((r for r in path if 0 < r < residual), default=None)
     above = min((r for r in path if r > residual), default=None)
     return [r for r in (below, above) if r is not None and residual > 0]
-
-
-def _measured(grounds: Grounds, candidate: Candidate, samples: Samples) -> Promise:
-    """The deviation that a candidate shows, rounded up: the file's outputs are held to it."""
-    deviation = grounds.bench.outputs.deviation(samples, candidate.arrays).largest_rel()
-    return Promise(float(f"{1.02 * deviation + 5e-8:.2e}"), "measured", samples)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,9 @@ def _capture_moved(bench: Bench, weight: Weight, samples: Samples, arrays: Array
 
     def join(tap: Tap, _: Batch, activation: torch.Tensor) -> None:
         after, original = to_rows(activation, tap), before[tap]
+        if (weigh := bench.rules.get(tap.weighed)) is not None:
+            roots = weigh(original).sqrt().to(after)[:, None]
+            after, original = after * roots, original * roots
         for start in range(0, after.shape[1], ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
             for _copy in range(copies[tap]):

@@ -94,7 +94,7 @@ def build_report(findings: Findings, clock: Clock, **rest: Any) -> schema.Report
         quantization=_quantization(findings),
         timing=clock.timing(),
         peak_memory_bytes=peak_memory(),
-        decisions=decision.notes if decision else (),
+        decisions=(*prepared.notes, *(decision.notes if decision else ())),
         **{"warnings": data.warnings if data else (), **rest},
     )
 

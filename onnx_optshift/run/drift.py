@@ -51,7 +51,9 @@ def layer_drifts(
 
     taps = tuple(dict.fromkeys(use.tap for weight in weights for use in weight.uses))
     with bench.progress.stage("drift", len(samples)) as advance:
-        stream(bench.sessions.probe(taps), taps, samples.batches(bench.batch_size), sink, done=advance)
+        stream(
+            bench.sessions.probe(taps), taps, samples.batches(bench.batch_size), sink, done=advance, drop_masked=False
+        )
     return tuple(_summary(weight.name, *shares[weight.name]) for weight in weights)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,8 @@ from onnx_optshift.graph.weights import Skip, Weight
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.budget import Budget, Costs, make_plan
+from onnx_optshift.run.masking import find_mask
+from onnx_optshift.run.weighing import output_rows, weighed
 from onnx_optshift.settings import Settings
 
 if TYPE_CHECKING:
@@ -71,6 +73,8 @@ class Prepared:
         settings: All choices.
         predicted_memory: The process's peak, in bytes; None without data.
         reads: Sources of all data, which nothing may be written over.
+        top_shares: Share of a layer's output energy that 1 per cent of its rows own, where that was looked at.
+        notes: Sentences for the report.
     """
 
     model: ModelFile
@@ -81,6 +85,8 @@ class Prepared:
     settings: Settings
     predicted_memory: int | None
     reads: tuple[object, ...] = ()
+    top_shares: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def prepare(
@@ -90,6 +96,7 @@ def prepare(
     heldout: Sequence[object] | None = (NO_HELDOUT,),
     *,
     make_up: bool = False,
+    look_at_rows: bool = False,
     progress: Progress = SILENT,
 ) -> Prepared:
     """Opens a model and its data, and plans how its memory budget is kept.
@@ -100,6 +107,7 @@ def prepare(
         calibration: Sources of calibration data; None looks beside the model.
         heldout: Sources of held-out data; `["none"]` for none; None splits some off.
         make_up: Whether random inputs serve where there is no data.
+        look_at_rows: Whether it is measured how unequal the layers' output rows are, also where nothing weighs them.
         progress: Where long passes report to.
 
     Raises:
@@ -127,6 +135,17 @@ def prepare(
     unreached = bench.unstackable(samples)
     bench = bench.without({skip.weight for skip in unreached if skip.weight is not None}) if unreached else bench
     data = arrange(source, samples, heldout, settings)
+    mask = find_mask(bench, samples, settings.row_mask)
+    notes: tuple[str, ...] = ()
+    if mask is not None:
+        data, samples = _masked(data, mask), samples.masked(mask)
+        notes = (
+            f"positions where the input {mask!r} is 0 are no data: no other output depends on them. Their rows are "
+            "left out, and outputs are compared at the others",
+        )
+    relative = settings.row_weighting == "relative" and settings.tolerance != 0
+    rows = output_rows(bench, samples) if relative or look_at_rows else {}
+    bench = weighed(bench, rows) if relative else bench
     measured = bench.measure(samples)
     costs = Costs(
         external=bench.sessions.external,
@@ -144,7 +163,10 @@ def prepare(
     note = bench.sessions.original().note
     data = _warned(data, note) if note else data
     reads = (*sources, *(heldout or ()))
-    return Prepared(source, bench, bench.weights, (*skips, *unreached), data, settings, plan.predicted, reads)
+    shares = {name: found.top_share for name, found in rows.items()}
+    return Prepared(
+        source, bench, bench.weights, (*skips, *unreached), data, settings, plan.predicted, reads, shares, notes
+    )
 
 
 def find_calibration(
@@ -201,6 +223,11 @@ def arrange(model: ModelFile, calibration: Samples, heldout: Sequence[object] | 
 def input_specs(model: ModelFile) -> list[InputSpec]:
     """The model's inputs as the calibration side knows them."""
     return [InputSpec(spec.name, spec.dtype, spec.shape) for spec in model.inputs]
+
+
+def _masked(data: Data, name: str) -> Data:
+    heldout = None if data.heldout is None else data.heldout.masked(name)
+    return replace(data, calibration=data.calibration.masked(name), fit=data.fit.masked(name), heldout=heldout)
 
 
 def _labels_named(settings: Settings) -> bool:
