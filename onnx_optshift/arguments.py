@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,8 +13,6 @@ from onnx_optshift.errors import InputError, closest
 from onnx_optshift.options import DIAGNOSE, GROUPS, INSPECT, PROGRAM, SHIFT, VERIFY
 from onnx_optshift.report import files
 from onnx_optshift.settings import Settings
-
-_NUMBER = re.compile(r"-(\d|\.\d)")
 
 
 @dataclass(frozen=True)
@@ -101,8 +98,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     command = words[0] if words and words[0] in COMMANDS and words[0] != SHIFT else SHIFT
     parser = parser_for(command)
     words = words[command != SHIFT :]
-    _refuse_unknown(parser, words)
-    args = parser.parse_intermixed_args(words)
+    args, unknown = parser.parse_known_intermixed_args(words)
+    if unknown:
+        name = unknown[0].partition("=")[0]
+        known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        parser.error(f"unknown option {name!r}.{closest(name, known)}".removesuffix("."))
     args.command = command
     args.settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})
     wanted = COMMANDS[command].files
@@ -122,16 +122,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def _dashed(word: str) -> str:
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value
-
-
-def _refuse_unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    # Before argparse does: it would blame what follows a misspelt option, and knows no close matches.
-    known = [option for action in parser._actions for option in action.option_strings]
-    long = [option for option in known if option.startswith("--")]
-    for word in words[: words.index("--") if "--" in words else None]:
-        name = word.partition("=")[0]
-        if word.startswith("-") and len(word) > 1 and name not in known and not _NUMBER.match(word):
-            parser.error(f"unknown option {name!r}.{closest(name, long)}".removesuffix("."))
 
 
 def parser_for(command: str) -> argparse.ArgumentParser:

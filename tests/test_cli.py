@@ -119,7 +119,8 @@ def test_every_setting_but_none_has_an_option():
     assert {"stochastic", "dry_run"} <= reachable
     text = capture_help("shift") + capture_help("verify")
     for name in Settings.__dataclass_fields__:
-        assert f"--{name.replace('_', '-')}" in text
+        option = name.replace("_", "-")
+        assert f"--{option} " in text or f"--no-{option} " in text
 
 
 def capture_help(command):
