@@ -124,7 +124,8 @@ def _inspect(args: argparse.Namespace) -> None:
 
 
 def _verify(args: argparse.Namespace) -> None:
-    from onnx_optshift.commands.verify import judge, verify
+    from onnx_optshift.commands.outcome import judge
+    from onnx_optshift.commands.verify import verify
 
     a, b = args.files
     progress = progress_for(quiet=args.quiet)

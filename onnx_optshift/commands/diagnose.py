@@ -39,9 +39,6 @@ def diagnose(
         probes: Random directions for each layer; 0 leaves flatness out.
         progress: Where long passes report to.
 
-    Returns:
-        A report without a written model, with `flatness` and `collapse`.
-
     Raises:
         InputError: The model, the data or a setting cannot be used.
     """

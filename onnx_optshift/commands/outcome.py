@@ -1,11 +1,12 @@
-"""How a shift ended, in one sentence that follows from the facts of every layer; and what to do next."""
+"""How a command ended, in one sentence that follows from the facts of every layer; and whether that is a failure."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 
-from onnx_optshift.report.model import LayerReport, Verification
+from onnx_optshift.errors import ToleranceError
+from onnx_optshift.report.model import LayerReport, Report, Verification
 from onnx_optshift.solve.shift import Outcome
 
 # What is said of layers that kept their weight, by the start of their reason. "{}" is "1 layer" or "3 layers".
@@ -23,31 +24,53 @@ _KEPT = (
 )
 
 
-def shift_summary(
-    layers: Sequence[LayerReport], proof: Verification | None, *, written: bool, synthetic: bool, covered: str = ""
-) -> str:
-    """The summary of a run.
-
-    Args:
-        layers: All layers, skipped ones too.
-        proof: On the written file.
-        written: Whether a file was written.
-        synthetic: Whether the calibration data is made up.
-        covered: Which samples the promise covers, where it is not all of them.
-    """
+def shift_summary(layers: Sequence[LayerReport], proof: Verification | None, where: str, *, written: bool) -> str:
+    """The summary of a run, from all its layers; `where` the proof holds, if that is not all of the user's data."""
     shifted = sum(layer.status == "shifted" for layer in layers)
     candidates = sum(layer.status != "skipped" for layer in layers)
     if shifted:
-        made_up = ", on random inputs only: there was no calibration data" if synthetic else ""
         rest = [layer for layer in layers if layer.status == "rejected"]
         kept = f" {_kept(rest)}." if rest else ""
-        return f"{shifted} of {candidates} layers shifted; {_proved(proof)}{covered}{made_up}.{kept}"
+        return f"{shifted} of {candidates} layers shifted; {_proved(proof)}{where}.{kept}"
     end = "The model was written unchanged." if written else "No model was written."
     if not layers:
         return f"Nothing to do: the model has no linear layer with a constant weight. {end}"
     if not candidates:
         return f"Nothing to do: {_skips(layers)}. {end}"
     return f"Nothing to gain: {_kept(layers)}. {end}"
+
+
+def pair_summary(proof: Verification, differing: int) -> str:
+    """The summary of a comparison of two models in which some weights differ."""
+    if proof.identical_bytes:
+        return "The two files are the same, byte for byte."
+    weights = f"{differing} weight{'' if differing == 1 else 's'} differ{'s' if differing == 1 else ''}"
+    worst = max((output.rel for output in proof.outputs), default=0.0)
+    verdict = "match within their bounds" if proof.passed else "do not match"
+    return f"The outputs {verdict} (largest relative deviation {worst:.2g}); {weights}."
+
+
+def judge(report: Report) -> None:
+    """One verdict for each question that was asked: whether outputs match, and whether drift keeps its limit.
+
+    Where a limit of drift was given that is the question, and outputs are reported only.
+
+    Raises:
+        ToleranceError: The answer is no.
+    """
+    if report.drift is not None and report.drift.limit is not None:
+        if not report.drift.passed:
+            raise ToleranceError(
+                f"verify: the drift is {report.drift.figure:.3g}, allowed is {report.drift.limit:.3g}: the model meets "
+                "data unlike its calibration data. Look at the worst samples in the report; if they are genuine, shift "
+                "the original again with data like them."
+            )
+        return
+    proof = report.verification
+    if proof is None or not proof.passed:
+        failed = [output for output in proof.outputs if not output.passed] if proof else []
+        names = ", ".join(f"{o.name!r} by {o.rel:.3g} (allowed {o.bound:.3g})" for o in failed)
+        raise ToleranceError(f"verify: outputs of the two models differ: {names or 'nothing was compared'}.")
 
 
 def _kept(layers: Sequence[LayerReport]) -> str:

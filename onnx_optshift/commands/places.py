@@ -15,12 +15,8 @@ _MODEL_START = b"\x08"
 def check_places(out: Path | None, reports: Sequence[Path], reads: Iterable[object], *, force: bool) -> None:
     """Refuses files to be written that would cost the user something.
 
-    Args:
-        out: The model to be written; None for none.
-        reports: Report files; `-` is standard output.
-        reads: Everything that the run reads besides the model itself, which OUT may replace: paths, scripts with
-            `:function`, folders; anything else is ignored.
-        force: Whether a file that is no ONNX model may be replaced.
+    The run reads `reads` besides the model itself, which OUT may replace: paths, scripts with `:function`, folders, and
+    other things that are no files. With `force` a file that is no ONNX model may be replaced.
 
     Raises:
         InputError: OUT or a report is one of these, or two of them are one file.

@@ -24,14 +24,8 @@ def published(
 ) -> tuple[Written, str, Verification, Decision | None]:
     """Writes a decision's shifts beside OUT and proves them on the written file, backing off where need be.
 
-    Args:
-        prepared: The original.
-        grounds: What decisions are made on; None where nothing was solved.
-        decision: What to write; None for a copy.
-        out: The file's final place.
-
-    Returns:
-        The file, to be committed; its SHA-256; the proof; and the decision that it holds.
+    Without a decision it is a copy. Returns the file, to be committed; its SHA-256; the proof; and the decision that it
+    holds.
 
     Raises:
         InputError: The file cannot be written.
@@ -55,6 +49,5 @@ def published(
         if decision.promise.tolerance > 0 and decision.candidate.tolerance > 0 and attempt <= SHRINKS:
             decision = shrunk(grounds, decision, proof)
         else:
-            floor = prover.floor(decision.promise.covered, frozenset(arrays))
-            decision = reverted(grounds, decision, floor)
+            decision = reverted(grounds, decision, prover.floor(decision.promise.covered, arrays))
     raise ToleranceError(missed(proof))

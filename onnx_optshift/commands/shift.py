@@ -36,15 +36,10 @@ GATE_OFF = "the held-out gate is off: data unlike the calibration data may be se
 
 @dataclass(frozen=True)
 class Result:
-    """A finished, verified run.
+    """A finished, verified run."""
 
-    Attributes:
-        report: Everything that was found, decided and measured.
-        path: The verified model file: OUT, or a temporary file that lives as long as this object.
-    """
-
-    report: Report
-    path: Path
+    report: Report  # everything that was found, decided and measured
+    path: Path  # the verified model file: OUT, or a temporary file that lives as long as this object
 
     @property
     def model(self) -> onnx.ModelProto:
@@ -136,14 +131,10 @@ def _report(found: Findings, clock: Clock, warnings: tuple[str, ...]) -> Report:
     if settings.flatness and data is not None and found.prepared.weights and decision is not None:
         arrays = decision.candidate.arrays or None
         report = replace(report, flatness=flatness_of(found.prepared.bench, data.calibration, settings, arrays))
-    covered = ""
+    where = ""
     if data is not None and decision is not None and len(decision.promise.covered) < len(data.calibration):
-        covered = f" on the {len(decision.promise.covered)} samples that the stochastic shift keeps"
-    summary = shift_summary(
-        report.layers,
-        found.verification,
-        written=found.output is not None,
-        synthetic=data is not None and data.calibration.synthetic,
-        covered=covered,
-    )
+        where = f" on the {len(decision.promise.covered)} samples that the stochastic shift keeps"
+    if data is not None and data.calibration.synthetic:
+        where += ", on random inputs only: there was no calibration data"
+    summary = shift_summary(report.layers, found.verification, where, written=found.output is not None)
     return replace(report, summary=summary, timing=clock.timing())

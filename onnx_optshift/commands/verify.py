@@ -6,21 +6,26 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
+from onnx_optshift.commands.outcome import pair_summary
 from onnx_optshift.decide.decision import Decision, Grounds
-from onnx_optshift.errors import InputError, ToleranceError
+from onnx_optshift.errors import InputError
 from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.graph.weights import Weight
 from onnx_optshift.prove.floor import Promise
-from onnx_optshift.prove.pair import changed_layer, differs, matching
+from onnx_optshift.prove.written import Prover
 from onnx_optshift.report.build import Clock, Findings, build_report
-from onnx_optshift.report.model import Drift, Report, Verification
+from onnx_optshift.report.model import Drift, Report
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.capture import captured
 from onnx_optshift.run.drift import drift, layer_drifts
-from onnx_optshift.run.layers import Candidate
+from onnx_optshift.run.layers import Candidate, Layers, Solved
 from onnx_optshift.run.prepare import find_calibration, prepare
 from onnx_optshift.settings import Settings
 from onnx_optshift.solve.finish import as_matrix
 from onnx_optshift.solve.objective import Norm
+from onnx_optshift.solve.shift import Outcome, Shift
 
 
 def verify(
@@ -42,9 +47,6 @@ def verify(
         progress: Where long passes report to.
         baseline: Sources of the calibration data, whose drift is to stand beside that of the data.
 
-    Returns:
-        A report whose verification says whether the outputs match, and whose drift what the changes mean for the data.
-
     Raises:
         InputError: A model or the data cannot be used.
     """
@@ -57,7 +59,7 @@ def verify(
     if data is None:
         raise InputError("verify needs data to run both models on: give it with --calib.")
     bench, samples = prepared.bench, data.calibration
-    differing = [weight for weight in prepared.weights if differs(a, b, weight)]
+    differing = [weight for weight in prepared.weights if _differs(a, b, weight)]
     promise = Promise(settings.tolerance if isinstance(settings.tolerance, float) else 0.0, "tolerance", samples)
     found = Findings("verify", prepared, sha256=b.sha256, output=b.path)
     drifted: Drift | None = None
@@ -66,7 +68,7 @@ def verify(
             layers, _ = captured(prepared, data, Norm())
         with clock("solve"):
             layers.survey()
-            solved = {w.name: changed_layer(layers, w, b) for w in differing if w.name in layers.facts}
+            solved = {w.name: _changed(layers, w, b) for w in differing if w.name in layers.facts}
         way = Grounds(bench, layers, layers, None, samples, samples, settings.seed).parallel
         found = replace(found, layers=layers, decision=Decision(Candidate(solved, 0.0, layers.facts), promise, way))
         other = find_calibration(a, baseline, settings) if baseline else None
@@ -76,38 +78,32 @@ def verify(
         calm = None if other is None else layer_drifts(bench, pairs, other)
         drifted = drift(layer_drifts(bench, pairs, samples), calm, settings.max_drift)
     with clock("verify"):
-        proof = matching(bench, b, frozenset(w.name for w in differing), promise, settings.seed)
+        proof = Prover(bench, settings.seed).compare(b.path, b.sha256, [w.name for w in differing], promise)
     report = build_report(replace(found, verification=proof), clock, summary="", drift=drifted)
-    return replace(report, summary=_summary(a, b, len(differing), proof))
+    return replace(report, summary=pair_summary(proof, len(differing)))
 
 
-def judge(report: Report) -> None:
-    """One verdict for each question that was asked: whether outputs match, and whether drift keeps its limit.
-
-    Where a limit of drift was given that is the question, and outputs are reported only.
+def _differs(a: ModelFile, b: ModelFile, weight: Weight) -> bool:
+    """Whether a weight has other content in the second model.
 
     Raises:
-        ToleranceError: The answer is no.
+        InputError: The second model has no such weight, or one of another shape or dtype.
     """
-    if report.drift is not None and report.drift.limit is not None:
-        if not report.drift.passed:
-            raise ToleranceError(
-                f"verify: the drift is {report.drift.figure:.3g}, allowed is {report.drift.limit:.3g}: the model meets "
-                "data unlike its calibration data. Look at the worst samples in the report; if they are genuine, shift "
-                "the original again with data like them."
-            )
-        return
-    proof = report.verification
-    if proof is None or not proof.passed:
-        failed = [output for output in proof.outputs if not output.passed] if proof else []
-        names = ", ".join(f"{o.name!r} by {o.rel:.3g} (allowed {o.bound:.3g})" for o in failed)
-        raise ToleranceError(f"verify: outputs of the two models differ: {names or 'nothing was compared'}.")
+    hint = "verify compares a model with a shifted copy of it."
+    try:
+        new = b.initializer(weight.name)
+    except (InputError, KeyError) as error:
+        raise InputError(f"{b.path}: weight {weight.name!r} of {a.path} is missing. {hint}") from error
+    old = a.initializer(weight.name)
+    if new.shape != old.shape or new.dtype != old.dtype:
+        found, expected = f"{new.dtype}{list(new.shape)}", f"{old.dtype}{list(old.shape)}"
+        raise InputError(f"{b.path}: weight {weight.name!r} is {found}, expected {expected}. {hint}")
+    return not np.array_equal(old, new, equal_nan=True)
 
 
-def _summary(a: ModelFile, b: ModelFile, differing: int, proof: Verification) -> str:
-    weights = f"{differing} weight{'' if differing == 1 else 's'} differ{'s' if differing == 1 else ''}"
-    if a.sha256 == b.sha256:
-        return "The two files are the same, byte for byte."
-    worst = max((output.rel for output in proof.outputs), default=0.0)
-    verdict = "match within their bounds" if proof.passed else "do not match"
-    return f"The outputs {verdict} (largest relative deviation {worst:.2g}); {weights}."
+def _changed(layers: Layers, weight: Weight, model: ModelFile) -> Solved:
+    """How far one layer's outputs move on the data, by its weight in another model alone."""
+    problem = layers.problem(weight)
+    shift = Shift.unchanged(problem.matrix, Outcome.SHIFTED, rank=layers.facts[weight.name].rank)
+    solved = layers.measured(weight, problem, shift, model.initializer(weight.name))
+    return replace(solved, shift=replace(solved.shift, predicted_residual=solved.residual))

@@ -11,12 +11,7 @@ from onnx_optshift.run.outputs import Outputs
 
 
 def balanced_batch(classes: NDArray[np.int64], size: int, generator: np.random.Generator) -> NDArray[np.int64]:
-    """Draws sample numbers `[size]` class by class, round after round, so that every class is in it.
-
-    Args:
-        classes: Class of each sample `[n]`.
-        size: B, at least the number of distinct classes and at most n.
-        generator: Source of the draw.
+    """Draws sample numbers `[size]` class by class, round after round, of samples whose classes `[n]` are given.
 
     Raises:
         InputError: B is smaller than the number of classes, or larger than the number of samples.
@@ -44,24 +39,14 @@ def balanced_batch(classes: NDArray[np.int64], size: int, generator: np.random.G
 
 
 def batch_sizes(classes: int, samples: int, widest: int) -> list[int]:
-    """Batch sizes to try when none is given: from the number of classes up to where the widest layer has full rank.
-
-    Args:
-        classes: Distinct classes present.
-        samples: Samples there are.
-        widest: Largest input width d of a layer.
-    """
+    """Batch sizes to try: from the number of classes up to where the widest layer, of input width d, has full rank."""
     top = max(classes, min(samples, widest - 1))
     grid = np.unique(np.geomspace(classes, top, 5).round().astype(int))
     return [int(size) for size in grid if classes <= size <= samples]
 
 
 def classes_of(outputs: Outputs, samples: Samples) -> NDArray[np.int64]:
-    """Class of each sample `[n]`: its label, or else the model's own argmax.
-
-    Args:
-        outputs: Runs the original model.
-        samples: The samples.
+    """Class of each sample `[n]`: its label, or else the original model's own argmax.
 
     Raises:
         InputError: There is neither.

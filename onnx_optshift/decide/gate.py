@@ -7,8 +7,9 @@ deciding (the one-standard-error rule of Breiman et al., Classification and Regr
 Below `FEW_SAMPLES` a standard error says little, and no increase beyond rounding is let through.
 
 Where the weights are going to be quantized, what counts is the quantized model: every weight of both models is rounded
-to nearest, and at no bit width may the outputs' mean distance to the original's float outputs grow. The float loss is
-then reported only, as nobody will run that model.
+to nearest, and at no bit width may the outputs' mean distance to the original's float outputs grow; so that the
+deviation of the shift and the quantization error both count. The float loss is then reported only, as nobody will run
+that model.
 
 Without labels only the distance to the original outputs is known; it may reach `UNLABELLED_DISTANCE`, or twice the
 tolerance that was granted on the calibration data if that is more.
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,9 +27,9 @@ from numpy.typing import NDArray
 
 from onnx_optshift.calibration.source import Batch, Samples
 from onnx_optshift.decide.loss import DISTANCE, Loss, choose_loss
-from onnx_optshift.decide.quantized import Quantizer
-from onnx_optshift.quantize.rtn import Grid
+from onnx_optshift.quantize.rtn import Grid, round_initializer
 from onnx_optshift.report.model import QuantizedScore, Score, Trial
+from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.outputs import Arrays, Outputs
 from onnx_optshift.solve.rounding_error import allowed_error
 
@@ -43,17 +44,11 @@ UNLABELLED_DISTANCE = 0.01
 
 @dataclass(frozen=True)
 class Judged:
-    """One model on the held-out data.
-
-    Attributes:
-        losses: Per sample `[n]`.
-        right: Share of each sample that is right `[n]`; None unless classification.
-        quantized: By grid, squared relative distance of each sample's outputs to the original's `[n]` once all weights
-            are rounded to it.
-    """
+    """One model on the held-out data, sample by sample `[n]`."""
 
     losses: NDArray[np.float64]
-    right: NDArray[np.float64] | None
+    right: NDArray[np.float64] | None  # share that is right; None unless classification
+    # By grid, squared relative distance of the outputs to the original's once all weights are rounded to it.
     quantized: Mapping[Grid, NDArray[np.float64]] = field(default_factory=dict)
 
     @property
@@ -68,6 +63,24 @@ class Judged:
         return Score(loss=float(self.losses.mean()), top1=top1, n=len(self.losses))
 
 
+# Trial weights -> (grid, the weights of the whole model rounded to it).
+Rounded = Callable[[Arrays], Iterator[tuple[Grid, Arrays]]]
+
+
+def rounded_by(bench: Bench, grids: Sequence[Grid]) -> Rounded:
+    """All weights rounded to nearest on each grid: the trial's where it has some, the original's elsewhere."""
+
+    def variants(arrays: Arrays) -> Iterator[tuple[Grid, Arrays]]:
+        for grid in grids:
+            found = {}
+            for weight in bench.weights:
+                content = arrays.get(weight.name, bench.model.initializer(weight.name))
+                found[weight.name] = bench.sessions.keep(round_initializer(content, weight.form, grid))
+            yield grid, found
+
+    return variants
+
+
 class Gate:
     """Judges trial weights on held-out data.
 
@@ -75,19 +88,17 @@ class Gate:
         outputs: Runs the models.
         samples: Held-out data.
         tolerance: Relative deviation granted on the calibration data; widens the distance allowed without labels.
-        quantizer: What the weights are going to be rounded to; None when they stay as they are.
+        rounded: Trial weights as a quantizer would round them, by grid; None when they stay as they are.
 
     Raises:
         InputError: The labels fit no output of the model.
     """
 
-    def __init__(
-        self, outputs: Outputs, samples: Samples, tolerance: float, quantizer: Quantizer | None = None
-    ) -> None:
+    def __init__(self, outputs: Outputs, samples: Samples, tolerance: float, rounded: Rounded | None = None) -> None:
         self._outputs = outputs
         self._samples = samples
-        self._quantizer = quantizer
-        self.tried: list[Trial] = []
+        self._rounded = rounded
+        # By the content of the trial weights.
         self._known: dict[str, tuple[Trial, Judged]] = {}
         self.loss = loss_of(outputs, samples)
         self.allowed_distance = max(UNLABELLED_DISTANCE, 2 * tolerance)
@@ -97,22 +108,26 @@ class Gate:
     @property
     def rounds(self) -> bool:
         """Whether it is the quantized model that is judged."""
-        return self._quantizer is not None
+        return self._rounded is not None
+
+    @property
+    def tried(self) -> list[Trial]:
+        """Everything that was judged, in order."""
+        return [trial for trial, _ in self._known.values()]
 
     def run(self, arrays: Arrays) -> Judged:
         """Losses of the model with these weights; of the original when there are none."""
         losses, right = self._run(arrays, self.loss)
-        variants = self._quantizer.variants(arrays) if self._quantizer else ()
+        variants = self._rounded(arrays) if self._rounded else ()
         return Judged(losses, right, {grid: self._run(rounded, DISTANCE)[0] for grid, rounded in variants})
 
     def _run(self, arrays: Arrays, loss: Loss) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-        losses, right = [], []
-        for batch, outputs, reference in self._outputs.trial(self._samples, arrays):
-            batch_losses, batch_right = loss.per_sample(outputs, reference, batch.labels, judged_rows(batch))
-            losses.append(batch_losses)
-            if batch_right is not None:
-                right.append(batch_right)
-        return np.concatenate(losses), np.concatenate(right) if right else None
+        found = [
+            loss.per_sample(outputs, reference, batch.labels, judged_rows(batch))
+            for batch, outputs, reference in self._outputs.trial(self._samples, arrays)
+        ]
+        right = [part for _, part in found if part is not None]
+        return np.concatenate([losses for losses, _ in found]), np.concatenate(right) if right else None
 
     def deciding(self, judged: Judged) -> NDArray[np.float64]:
         """What candidates are ranked by, per sample `[n]`: the loss, or the quantized error over the original's."""
@@ -122,19 +137,13 @@ class Gate:
         return np.asarray(np.mean(shares, axis=0))
 
     def judge(self, arrays: Arrays, what: str, tolerance: float) -> tuple[Trial, Judged]:
-        """Runs one candidate, compares it with the original, and records the trial.
+        """Compares trial weights with the original; `what` and the layers' residual `tolerance` are for the report.
 
         A verdict belongs to the content of the weights: the same again, by whatever name, is not run a second time.
-
-        Args:
-            arrays: Trial weights.
-            what: What was tried, for the report.
-            tolerance: Residual that each layer was allowed, for the report.
         """
         content = _digest(arrays)
         if content not in self._known:
             self._known[content] = self._judge(arrays, what, tolerance)
-            self.tried.append(self._known[content][0])
         return self._known[content]
 
     def _judge(self, arrays: Arrays, what: str, tolerance: float) -> tuple[Trial, Judged]:
@@ -150,22 +159,19 @@ class Gate:
             mean_difference=mean,
             standard_error=error,
             accepted=not reason,
-            reason=reason or self._approval(after),
-            quantized=self.quantized(after),
+            reason=reason or self._approval(),
+            quantized=tuple(
+                QuantizedScore(grid.bits, self.before.errors[grid], error) for grid, error in after.errors.items()
+            ),
         )
         return trial, after
 
-    def quantized(self, after: Judged) -> tuple[QuantizedScore, ...]:
-        """Errors of the quantized outputs, of the original and of a judged model."""
-        before = self.before.errors
-        return tuple(QuantizedScore(grid.bits, before[grid], error) for grid, error in after.errors.items())
-
-    def _approval(self, after: Judged) -> str:
-        if after.quantized:
+    def _approval(self) -> str:
+        if self.rounds:
             return "the quantized outputs on held-out data are no farther from the original's"
-        return (
-            "held-out outputs stay close to the original's" if self.loss.is_distance else "held-out loss is no higher"
-        )
+        if self.loss.is_distance:
+            return "held-out outputs stay close to the original's"
+        return "held-out loss is no higher"
 
     def _objection(self, after: Judged, mean: float, error: float) -> str:
         """Which rule a candidate breaks, with both sides of it; empty for none."""
@@ -181,17 +187,17 @@ class Gate:
             if distance <= self.allowed_distance:
                 return ""
             return f"held-out outputs move by {distance:.2g}; without labels {self.allowed_distance:.2g} is allowed"
-        few = len(after.losses) < FEW_SAMPLES
+        few = f"fewer than {FEW_SAMPLES} samples" if len(after.losses) < FEW_SAMPLES else ""
         slack = NO_INCREASE * abs(float(self.before.losses.mean()))
-        allowed = max(slack, 0.0 if few else error)
+        allowed = slack if few else max(slack, error)
         if not mean <= allowed:
-            rule = f"fewer than {FEW_SAMPLES} samples" if few else f"one standard error, {error:.3g}"
+            rule = few or f"one standard error, {error:.3g}"
             return f"held-out loss rises by {mean:.3g}, more than the {allowed:.3g} that is allowed ({rule})"
         if after.right is not None and self.before.right is not None:
             drop, drop_error = paired(self.before.right, after.right)
             points = 0.0 if few else TOP1_ERRORS * drop_error
             if drop > points:
-                rule = f"fewer than {FEW_SAMPLES} samples" if few else f"{TOP1_ERRORS:g} standard errors"
+                rule = few or f"{TOP1_ERRORS:g} standard errors"
                 return f"held-out top-1 falls by {100 * drop:.2f} points, more than {100 * points:.2f} ({rule})"
         return ""
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.decide.decision import Grounds
-from onnx_optshift.decide.gate import Gate
-from onnx_optshift.decide.quantized import Quantizer
+from onnx_optshift.decide.gate import Gate, rounded_by
 from onnx_optshift.run.capture import layers_maker
 from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.prepare import Data, Prepared
@@ -22,7 +21,7 @@ def grounds_of(prepared: Prepared, data: Data, full: Layers, fit: Layers) -> Gro
     if data.heldout is not None:
         granted = settings.tolerance if isinstance(settings.tolerance, float) else 0.0
         grids = full.objective.grids
-        gate = Gate(bench.outputs, data.heldout, granted, Quantizer(bench, grids) if grids else None)
+        gate = Gate(bench.outputs, data.heldout, granted, rounded_by(bench, grids) if grids else None)
     return Grounds(bench, full, fit, gate, data.calibration, data.fit, settings.seed)
 
 

@@ -25,17 +25,11 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class Loss:
-    """A per-sample loss.
+    """A loss with one figure per sample."""
 
-    Attributes:
-        name: For the report.
-        output: The model output it reads; None for the distance, which reads all.
-        kind: `probabilities`, `logits`, `squared` or `distance`.
-    """
-
-    name: str
-    output: str | None
-    kind: str
+    name: str  # for the report
+    output: str | None  # the model output it reads; None for the distance, which reads all
+    kind: str  # "probabilities", "logits", "squared" or "distance"
 
     @property
     def is_distance(self) -> bool:
@@ -53,10 +47,10 @@ class Loss:
         """Losses `[samples]` of one batch, and the share that is right (`[samples]`, None unless classification).
 
         Args:
-            outputs: The judged model's outputs.
+            outputs: The judged model's outputs; rows beyond the samples are padding.
             reference: The original model's outputs on the same batch.
             labels: Class indices or targets, `[samples, ...]`; None for the distance.
-            samples: Samples in the batch; rows of outputs beyond it are padding.
+            samples: Samples in the batch.
         """
         if self.output is None or labels is None:
             return _distance(outputs, reference, samples), None
@@ -84,15 +78,7 @@ DISTANCE = Loss("relative distance to the original outputs", None, "distance")
 
 
 def choose_loss(outputs: Outputs, labels: NDArray[Any] | None, samples: int) -> Loss:
-    """Picks the loss from the original model's outputs on a batch and the labels.
-
-    Args:
-        outputs: Outputs of the original model on one batch.
-        labels: All labels of the data, or None.
-        samples: Samples in that batch.
-
-    Returns:
-        The loss.
+    """The loss that fits the original model's outputs on one batch of some samples, and all labels of the data.
 
     Raises:
         InputError: The labels fit no output, or a class label is out of range.

@@ -30,44 +30,24 @@ MOST_RESIDUAL = 0.9
 
 @dataclass(frozen=True)
 class Shared:
-    """The outcome of a search.
+    """The outcome of a search."""
 
-    Attributes:
-        candidate: Shifts at the layer residual that was found.
-        deviation: Measured relative deviation of the model outputs, the largest over outputs.
-        steps: Candidates measured.
-    """
-
-    candidate: Candidate
-    deviation: float
-    steps: int
+    candidate: Candidate  # shifts at the layer residual that was found
+    deviation: float  # measured relative deviation of the model outputs, the largest over outputs
 
 
 def share_out(
     outputs: Outputs, samples: Samples, candidate_at: Callable[[float], Candidate], tolerance: float, seed: int
 ) -> Shared:
-    """Finds the largest common layer residual at which the outputs stay within the tolerance.
+    """Finds the largest common layer residual at which the outputs stay within the tolerance, or else the exact shift.
 
-    The search runs on a seeded part of the samples where there are many, and ends on all of them.
-
-    Args:
-        outputs: Measures deviations.
-        samples: All data that the promise covers.
-        candidate_at: Shifts at a given layer residual; at 0 the exact shift.
-        tolerance: Relative deviation that the model outputs may show.
-        seed: Of the part, as the user set it.
-
-    Returns:
-        A candidate within the tolerance; the exact one when nothing more fits.
+    The search runs on a part of the samples, drawn by the seed, where there are many, and ends on all of them.
     """
     start = min(tolerance, MOST_RESIDUAL)
-    steps = 0
     if len(samples) > 2 * PART:
         part = np.sort(np.random.default_rng(seed).choice(len(samples), PART, replace=False))
-        rough = _search(outputs, samples.select(part), candidate_at, tolerance, start)
-        steps, start = rough.steps, rough.candidate.tolerance or start
-    found = _search(outputs, samples, candidate_at, tolerance, start)
-    return Shared(found.candidate, found.deviation, found.steps + steps)
+        start = _search(outputs, samples.select(part), candidate_at, tolerance, start).candidate.tolerance or start
+    return _search(outputs, samples, candidate_at, tolerance, start)
 
 
 def _search(
@@ -76,13 +56,13 @@ def _search(
     """One search, from a first guess."""
     best: Shared | None = None
     too_far: float | None = None  # smallest residual known to leave the tolerance
-    for step in range(1, MOST_STEPS + 1):
+    for _ in range(MOST_STEPS):
         candidate = candidate_at(residual)
         deviation = outputs.deviation(samples, candidate.arrays).largest_rel()
         if deviation <= AIM_HIGH * tolerance:
             if best is not None and too_far is None and deviation <= best.deviation:
                 break  # layers that back off leave the rest unused, and give up altogether where more is allowed
-            best = Shared(candidate, deviation, step)
+            best = Shared(candidate, deviation)
             if deviation >= AIM_LOW * tolerance or residual >= MOST_RESIDUAL:
                 break
         else:
@@ -98,4 +78,4 @@ def _search(
         else:
             # The secant step leaves the bracket: the outputs are far from proportional here. Bisect instead.
             residual = math.sqrt(within * too_far) if within > 0 else too_far / 4
-    return best or Shared(candidate_at(0.0), 0.0, MOST_STEPS)
+    return best or Shared(candidate_at(0.0), 0.0)

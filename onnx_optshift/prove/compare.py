@@ -27,21 +27,13 @@ BLOCK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one output is from its reference, in the measures that this module defines.
+    """How far one output is from its reference, in the measures that this module defines."""
 
-    Attributes:
-        max_abs: Largest absolute difference, in the output's own unit.
-        max_rel: Largest relative difference of a sample, dimensionless.
-        rel: Relative Frobenius difference over all samples, dimensionless.
-        top1_agreement: Share of rows with the same argmax over the last axis; None where there is none to take.
-        samples: Samples compared.
-    """
-
-    max_abs: float
+    max_abs: float  # in the output's own unit
     max_rel: float
     rel: float
-    top1_agreement: float | None
-    samples: int
+    top1_agreement: float | None  # share of rows with the same argmax over the last axis; None where there is none
+    samples: int  # compared
 
 
 @dataclass
@@ -57,13 +49,7 @@ class OutputDifference:
     samples: int = 0
 
     def update(self, value: NDArray[Any], reference: NDArray[Any], samples: int) -> None:
-        """Adds one batch.
-
-        Args:
-            value: The output `[samples, ...]` (or any shape: then it is one sample).
-            reference: What it should be, same shape.
-            samples: Samples in the batch.
-        """
+        """Adds one batch of outputs `[samples, ...]`; of any other shape it is one sample."""
         if value.nbytes > BLOCK_BYTES and value.shape == reference.shape and value.shape[0] == samples > 1:
             for part in (slice(0, samples // 2), slice(samples // 2, samples)):
                 self.update(value[part], reference[part], len(value[part]))

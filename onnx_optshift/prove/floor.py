@@ -50,36 +50,22 @@ _CHUNK = 1 << 22  # entries of a weight that are in float64 at the same time
 
 @dataclass(frozen=True)
 class Promise:
-    """How far outputs of a file may be from the original's, and on which samples.
+    """How far outputs of a file may be from the original's, and on which samples."""
 
-    Attributes:
-        tolerance: Relative deviation; 0 for exact.
-        kind: Where it comes from: "noise" of the runtime for exact, a "tolerance" asked for, or "measured".
-        covered: The samples.
-    """
-
-    tolerance: float
-    kind: str
+    tolerance: float  # relative deviation; 0 for exact
+    kind: str  # where it comes from: "noise" of the runtime for exact, a "tolerance" asked for, or "measured"
     covered: Samples
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What an exact shift of one model may do on given data, per output.
+    """What an exact shift of one model may do on given data, by output."""
 
-    Attributes:
-        max_rel: Bound on the largest relative difference of a sample, by output; at most `limit`.
-        rel: Bound on the relative Frobenius difference, by output; at most `limit`.
-        noisy: Largest difference between runs, for outputs where it is too large for exactness to be shown.
-        limit: Largest bound that still is a promise of exactness.
-        noise: The figures for the report.
-    """
-
-    max_rel: Mapping[str, float]
-    rel: Mapping[str, float]
-    noisy: Mapping[str, float]
-    limit: float
-    noise: NoiseFloor
+    max_rel: Mapping[str, float]  # bounds on the largest relative difference of a sample, at most `limit`
+    rel: Mapping[str, float]  # bounds on the relative Frobenius difference, at most `limit`
+    noisy: Mapping[str, float]  # outputs whose runs differ too much for exactness to be shown, and by how much
+    limit: float  # largest bound that still is a promise of exactness
+    noise: NoiseFloor  # the figures for the report
 
 
 def noise_floor(bench: Bench, samples: Samples, names: Collection[str], seed: int) -> Floor:

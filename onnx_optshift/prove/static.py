@@ -22,14 +22,9 @@ class PatchError(OptShiftError):
 
 
 def unchanged_outside(original: ModelFile, written: Path, names: Collection[str]) -> None:
-    """Compares a written model with its original, byte by byte.
+    """Compares a written model with its original, byte by byte, but for the payloads of tensors of these names.
 
     Where a tensor is stored may differ (inline or in which external file), what it holds may not.
-
-    Args:
-        original: What was patched.
-        written: The file, not yet renamed; its external data lies beside it.
-        names: Initializers, or outputs of Constant nodes, whose payloads may differ.
 
     Raises:
         PatchError: Something else differs, or a patched tensor is not finite.
