@@ -8,7 +8,7 @@ from onnx_optshift.decide import decision
 from onnx_optshift.decide.decision import Grounds, Way, decided
 from onnx_optshift.decide.gate import FEW_SAMPLES, UNLABELLED_DISTANCE, Gate, paired
 from onnx_optshift.prove.floor import Promise
-from onnx_optshift.run.layers import Candidate, Solved
+from onnx_optshift.run.candidate import Candidate, Solved
 from onnx_optshift.solve.shift import Outcome, Shift
 
 

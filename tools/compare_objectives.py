@@ -20,8 +20,9 @@ import numpy as np
 from onnx_optshift.decide.gate import Gate, Judged, paired
 from onnx_optshift.decide.recapture import affordable, layer_by_layer
 from onnx_optshift.diagnose.flatness import flatness_of
+from onnx_optshift.run.candidate import Candidate
 from onnx_optshift.run.capture import layers_maker
-from onnx_optshift.run.layers import Candidate, Layers
+from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
 from onnx_optshift.solve.objective import make_objective

@@ -18,9 +18,10 @@ from onnx_optshift.prove.written import Prover
 from onnx_optshift.report.build import Clock, Findings, build_report
 from onnx_optshift.report.model import Drift, Report
 from onnx_optshift.report.progress import SILENT, Progress
+from onnx_optshift.run.candidate import Candidate, Solved
 from onnx_optshift.run.capture import captured
 from onnx_optshift.run.drift import drift, layer_drifts
-from onnx_optshift.run.layers import Candidate, Layers, Solved
+from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.prepare import find_calibration, prepare
 from onnx_optshift.settings import Settings
 from onnx_optshift.solve.finish import as_matrix

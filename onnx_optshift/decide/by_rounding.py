@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from onnx_optshift.decide.decision import Decision, Grounds, Way, decided, measured
-from onnx_optshift.run.layers import Candidate, Layers, while_held
+from onnx_optshift.run.candidate import Candidate, while_held
+from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.on_grid import best_starts, placed
 
 SNAPPED = "on the quantizer's grid, every layer at its own residual"

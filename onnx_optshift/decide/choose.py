@@ -19,7 +19,8 @@ from onnx_optshift.decide.share import share_out
 from onnx_optshift.errors import InputError
 from onnx_optshift.prove.floor import Promise
 from onnx_optshift.report.model import Trial
-from onnx_optshift.run.layers import Candidate, Layers, while_held
+from onnx_optshift.run.candidate import Candidate, while_held
+from onnx_optshift.run.layers import Layers
 from onnx_optshift.settings import Settings
 
 # Backing off halves the layer residual this often before layers are given up one group at a time.

@@ -14,7 +14,8 @@ from onnx_optshift.decide.gate import Gate
 from onnx_optshift.prove.floor import Promise
 from onnx_optshift.report.model import Trial
 from onnx_optshift.run.bench import Bench
-from onnx_optshift.run.layers import Candidate, Layers
+from onnx_optshift.run.candidate import Candidate
+from onnx_optshift.run.layers import Layers
 
 # Trials that a search through groups of layers may cost; groups not reached keep their bytes.
 MOST_GROUP_TRIALS = 64

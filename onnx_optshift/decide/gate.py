@@ -30,7 +30,8 @@ from onnx_optshift.decide.loss import DISTANCE, Loss, choose_loss
 from onnx_optshift.quantize.rtn import Grid, round_initializer
 from onnx_optshift.report.model import QuantizedScore, Score, Trial
 from onnx_optshift.run.bench import Bench
-from onnx_optshift.run.outputs import Arrays, Outputs
+from onnx_optshift.run.candidate import Arrays
+from onnx_optshift.run.outputs import Outputs
 from onnx_optshift.solve.rounding_error import allowed_error
 
 FEW_SAMPLES = 30

@@ -19,7 +19,8 @@ from onnx_optshift.capture.stream import stream
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.run.bench import Bench, taps_of
-from onnx_optshift.run.layers import Arrays, Candidate, Layers, Solved
+from onnx_optshift.run.candidate import Arrays, Candidate, Solved
+from onnx_optshift.run.layers import Layers
 from onnx_optshift.solve.error_ball import BallPath
 from onnx_optshift.solve.problem import ROUNDING_UNIT
 from onnx_optshift.solve.shift import Outcome, Shift

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from onnx_optshift.calibration.source import Samples
-from onnx_optshift.run.layers import Candidate
+from onnx_optshift.run.candidate import Candidate
 from onnx_optshift.run.outputs import Outputs
 
 # The search ends inside this share of the tolerance: used, and with room for the file's own rounding.

@@ -32,7 +32,7 @@ from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.report.diagnosis import Collapse, LayerRank
 from onnx_optshift.run.bench import Bench
-from onnx_optshift.run.layers import LayerFacts
+from onnx_optshift.run.candidate import LayerFacts
 from onnx_optshift.run.outputs import Outputs
 from onnx_optshift.solve.finish import as_matrix
 from onnx_optshift.solve.spectrum import Spectrum

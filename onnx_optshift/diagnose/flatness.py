@@ -36,7 +36,7 @@ from onnx_optshift.diagnose.gauss_newton import top_eigenvalue
 from onnx_optshift.diagnose.landscape import Landscape, smooth_session
 from onnx_optshift.report.diagnosis import Estimate, Flatness, FlatnessReport, LayerFlatness, Sharpness
 from onnx_optshift.run.bench import Bench
-from onnx_optshift.run.layers import Arrays
+from onnx_optshift.run.candidate import Arrays
 from onnx_optshift.settings import Settings
 
 SIGMAS = (0.02, 0.05, 0.1, 0.2, 0.4)

@@ -32,8 +32,8 @@ from onnx_optshift.decide.loss import Loss
 from onnx_optshift.diagnose.gauss_newton import output_root
 from onnx_optshift.graph.smooth_piece import CENTER, smooth_piece_model
 from onnx_optshift.run.bench import Bench
+from onnx_optshift.run.candidate import Arrays
 from onnx_optshift.run.feature_curvature import FEWEST_UNITS, FIRST_STEP
-from onnx_optshift.run.layers import Arrays
 from onnx_optshift.run.outputs import Values
 from onnx_optshift.solve.problem import ROUNDING_UNIT
 

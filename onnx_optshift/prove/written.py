@@ -10,7 +10,7 @@ from onnx_optshift.prove.floor import Floor, Promise, noise_floor, verification
 from onnx_optshift.prove.static import unchanged_outside
 from onnx_optshift.report.model import Verification
 from onnx_optshift.run.bench import Bench
-from onnx_optshift.run.outputs import Arrays
+from onnx_optshift.run.candidate import Arrays
 from onnx_optshift.write.atomic import Written, digest
 
 

@@ -19,7 +19,8 @@ from onnx_optshift.graph.weights import Skip, Weight
 from onnx_optshift.report import model as schema
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.budget import peak_memory
-from onnx_optshift.run.layers import Layers, Solved
+from onnx_optshift.run.candidate import Solved
+from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.prepare import Prepared
 from onnx_optshift.solve.shift import Outcome
 

@@ -24,7 +24,7 @@ from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.run.bench import Bench
-from onnx_optshift.run.layers import Arrays
+from onnx_optshift.run.candidate import Arrays
 from onnx_optshift.solve.problem import ROUNDING_UNIT
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.rows import observe

@@ -1,4 +1,4 @@
-"""The layers of one model as problems, and candidates: solutions of all of them at one residual tolerance.
+"""The layers of one model as problems, solved one by one or all at one residual tolerance.
 
 Joins the ONNX side (weights, taps) with the numerical side (moments, spectra, shifts); neither knows the other.
 """
@@ -6,9 +6,8 @@ Joins the ONNX side (weights, taps) with the numerical side (moments, spectra, s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import reduce
-from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -19,17 +18,16 @@ from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.report.progress import SILENT, Progress
+from onnx_optshift.run.candidate import Candidate, LayerFacts, Solved, while_held
 from onnx_optshift.solve.finish import as_matrix, finished
 from onnx_optshift.solve.grid_rounding import Start, on_grid
-from onnx_optshift.solve.objective import Norm, Objective, Point
+from onnx_optshift.solve.objective import Norm, Objective
 from onnx_optshift.solve.problem import ROUNDING_UNIT, Problem
 from onnx_optshift.solve.rounding_error import output_errors
 from onnx_optshift.solve.shift import Outcome, Shift, obstacle
 from onnx_optshift.solve.spectrum import Coordinates, Spectrum, factor
 from onnx_optshift.solve.weighted_norm import Metric, balanced, measure
 from onnx_optshift.stats.moments import InputMoments
-
-Arrays = dict[str, NDArray[np.generic]]
 
 # Why the objective "curvature" takes the plain norm for a weight.
 UNSEEN = "by the plain norm, as no linear weight before it moves its input"
@@ -39,97 +37,6 @@ NONFINITE_SLOPES = "by the plain norm, as its input becomes NaN or infinite wher
 # Places along a layer's spectrum that the report shows, and the tolerances of its frontier.
 SPECTRUM_POINTS = 33
 FRONTIER = (0.0, 0.003, 0.01, 0.03, 0.1, 0.2)
-
-
-@dataclass(frozen=True)
-class LayerFacts:
-    """What a layer's statistics say before anything is solved.
-
-    Attributes:
-        rows: Calibration rows that met it.
-        rank: Directions of the input that matter to the output, mean over groups, rounded down; `d - rank` are free.
-        norm: ‖V‖_F.
-        largest: Largest absolute weight of V.
-        figure: The objective's headline figure of V.
-        frontier: What other tolerances would give, by the objective.
-        spectrum: Singular values of the rows as shares of the largest, at most `SPECTRUM_POINTS` of d.
-        rounding: Relative output error of V under round-to-nearest, by grid.
-    """
-
-    rows: int
-    rank: int
-    norm: float
-    largest: float
-    figure: float
-    frontier: tuple[Point, ...]
-    spectrum: tuple[float, ...]
-    rounding: Mapping[Grid, float]
-
-
-@dataclass(frozen=True)
-class Solved:
-    """One layer's shift, and what it becomes in the file.
-
-    Attributes:
-        shift: How the solution came about; its matrix is dropped, `array` is what remains of it.
-        array: The initializer's new content in its own dtype and shape; None when its bytes stay.
-        residual: ‖A(W - V)‖_F / ‖A V‖_F of what stands in the file; 0 when its bytes stay.
-        figure: The objective's headline figure of what stands in the file.
-        rounding: Relative output error of what stands in the file under round-to-nearest, by grid.
-        note: Why another norm was made small than the one asked for; empty where it was not.
-        allowed: Residual of the layer where it has one of its own; None where all layers share one.
-    """
-
-    shift: Shift
-    array: NDArray[np.generic] | None
-    residual: float
-    figure: float = 0.0
-    rounding: Mapping[Grid, float] = field(default_factory=dict)
-    note: str = ""
-    allowed: float | None = None
-
-    @property
-    def moved(self) -> bool:
-        """Whether the initializer's bytes change."""
-        return self.array is not None
-
-
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A set of shifts that could be written.
-
-    Attributes:
-        solved: By initializer name.
-        tolerance: The residual that each layer was allowed.
-        facts: What is known of the layers that were looked at, by initializer name.
-    """
-
-    solved: Mapping[str, Solved]
-    tolerance: float
-    facts: Mapping[str, LayerFacts] = field(default_factory=dict)
-
-    @property
-    def arrays(self) -> Arrays:
-        """New contents of the initializers that change."""
-        return {name: solved.array for name, solved in self.solved.items() if solved.array is not None}
-
-    def only(self, names: Iterable[str]) -> Candidate:
-        """The same shifts, but only of these initializers; the rest keep their bytes."""
-        chosen = set(names)
-        return replace(self, solved={name: solved for name, solved in self.solved.items() if name in chosen})
-
-
-def while_held(solve: Callable[[float], Candidate]) -> Callable[[float], Candidate]:
-    """The same, but what somebody still holds is not solved again."""
-    alive: WeakValueDictionary[float, Candidate] = WeakValueDictionary()
-
-    def solved(tolerance: float) -> Candidate:
-        found = alive.get(tolerance)
-        if found is None:
-            found = alive[tolerance] = solve(tolerance)
-        return found
-
-    return solved
 
 
 class Layers:

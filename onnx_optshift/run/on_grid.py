@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from onnx_optshift.run.layers import Candidate, Layers
+from onnx_optshift.run.candidate import Candidate
+from onnx_optshift.run.layers import Layers
 from onnx_optshift.solve.grid_rounding import Start, choose, choose_residual
 
 Starts = Mapping[str, Start]

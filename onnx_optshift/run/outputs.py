@@ -6,7 +6,7 @@ Trials never touch a file: one session has the weights as overridable inputs, an
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,9 @@ from onnx_optshift.calibration.source import Batch, Samples
 from onnx_optshift.capture.session import Session
 from onnx_optshift.capture.stream import real_outputs
 from onnx_optshift.prove.compare import OutputsDifference
+from onnx_optshift.run.candidate import Arrays
 from onnx_optshift.run.sessions import Sessions
 
-Arrays = Mapping[str, NDArray[np.generic]]
 Values = dict[str, NDArray[Any]]
 
 

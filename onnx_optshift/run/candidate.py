@@ -1,0 +1,81 @@
+"""What is known of a layer, its solution, and candidates: solutions of all layers at one residual tolerance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from weakref import WeakValueDictionary
+
+import numpy as np
+from numpy.typing import NDArray
+
+from onnx_optshift.quantize.rtn import Grid
+from onnx_optshift.solve.objective import Point
+from onnx_optshift.solve.shift import Shift
+
+Arrays = Mapping[str, NDArray[np.generic]]
+"""Contents of initializers, by name."""
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What a layer's statistics say before anything is solved, of its weight V `[g, d, m]`."""
+
+    rows: int  # calibration rows that met it
+    rank: int  # directions of the input that matter, mean over groups, rounded down; d - rank are free
+    norm: float  # ‖V‖_F
+    largest: float  # largest absolute weight
+    figure: float  # the objective's headline figure
+    frontier: tuple[Point, ...]  # what other tolerances would give, by the objective
+    spectrum: tuple[float, ...]  # singular values of the rows as shares of the largest, some of d
+    rounding: Mapping[Grid, float]  # relative output error under round-to-nearest
+
+
+@dataclass(frozen=True)
+class Solved:
+    """One layer's shift, and what it becomes in the file."""
+
+    shift: Shift  # how the solution came about; its matrix is dropped, `array` is what remains of it
+    array: NDArray[np.generic] | None  # new content in the initializer's dtype and shape; None when its bytes stay
+    residual: float  # ‖A(W - V)‖_F / ‖A V‖_F of what stands in the file
+    figure: float = 0.0  # the objective's headline figure of what stands in the file
+    rounding: Mapping[Grid, float] = field(default_factory=dict)  # relative output error under round-to-nearest
+    note: str = ""  # why another norm was made small than the one asked for; empty where it was not
+    allowed: float | None = None  # residual of the layer where it has one of its own; None where all share one
+
+    @property
+    def moved(self) -> bool:
+        """Whether the initializer's bytes change."""
+        return self.array is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """A set of shifts that could be written, by initializer name."""
+
+    solved: Mapping[str, Solved]
+    tolerance: float  # the residual that each layer was allowed
+    facts: Mapping[str, LayerFacts] = field(default_factory=dict)  # of the layers that were looked at
+
+    @property
+    def arrays(self) -> dict[str, NDArray[np.generic]]:
+        """New contents of the initializers that change."""
+        return {name: solved.array for name, solved in self.solved.items() if solved.array is not None}
+
+    def only(self, names: Iterable[str]) -> Candidate:
+        """The same shifts, but only of these initializers; the rest keep their bytes."""
+        chosen = set(names)
+        return replace(self, solved={name: solved for name, solved in self.solved.items() if name in chosen})
+
+
+def while_held(solve: Callable[[float], Candidate]) -> Callable[[float], Candidate]:
+    """The same, but what somebody still holds is not solved again."""
+    alive: WeakValueDictionary[float, Candidate] = WeakValueDictionary()
+
+    def solved(tolerance: float) -> Candidate:
+        found = alive.get(tolerance)
+        if found is None:
+            found = alive[tolerance] = solve(tolerance)
+        return found
+
+    return solved
