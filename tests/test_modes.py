@@ -24,6 +24,7 @@ MODES = {
     "range, exact": {"objective": "range"},
     "range": {"objective": "range", "tolerance": 0.05},
     "range, many bits": {"objective": "range", "tolerance": 0.02, "quantization_bits": (8,)},
+    "range, narrowed": {"objective": "range", "tolerance": 0.02, "quantization_bits": (8,), "snap": False},
     "range, auto": {"objective": "range", "tolerance": "auto", "quantization_bits": (4, 8)},
     "range, blocks": {"objective": "range", "tolerance": 0.05, "range_block": 4},
     "stochastic": {"stochastic": 4},

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from onnx_optshift.run.candidate import Candidate
 from onnx_optshift.run.layers import Layers
 from onnx_optshift.solve.grid_rounding import Start, choose, choose_residual
+from onnx_optshift.solve.shift import Outcome
 
 Starts = Mapping[str, Start]
 
@@ -39,6 +41,10 @@ def placed(layers: Layers, starts: Starts, *, snap: bool) -> Candidate:
         if start is not None and snap:
             solved[weight.name] = layers.snap(weight, start)
         else:
-            solved[weight.name] = layers.solve(weight, start.residual if start is not None else 0.0)
+            one = layers.solve(weight, start.residual if start is not None else 0.0)
+            if one.shift.outcome in {Outcome.FULL_RANK, Outcome.ALREADY_MINIMAL} and start is not None:
+                # Larger residuals were tried, and rounded worse.
+                one = replace(one, shift=replace(one.shift, outcome=Outcome.ROUNDS_WORSE))
+            solved[weight.name] = one
     most = max((start.residual for start in starts.values()), default=0.0)
     return Candidate({name: solved[name] for name in layers.weights}, most, layers.facts)
