@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnx_optshift.api import inspect, shift, verify
+    from onnx_optshift.api import diagnose, inspect, shift, verify
     from onnx_optshift.errors import DeviceError, InputError, OptShiftError, ToleranceError
     from onnx_optshift.report.model import Report
     from onnx_optshift.settings import Settings
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = ["DeviceError", "InputError", "OptShiftError", "Report", "Settings", "ToleranceError"]
-__all__ += ["__version__", "inspect", "shift", "verify"]
+__all__ += ["__version__", "diagnose", "inspect", "shift", "verify"]
 
 _HOMES = {
-    "api": ("inspect", "shift", "verify"),
+    "api": ("diagnose", "inspect", "shift", "verify"),
     "errors": ("DeviceError", "InputError", "OptShiftError", "ToleranceError"),
     "report.model": ("Report",),
     "settings": ("Settings",),

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Unpack
 
+from onnx_optshift.commands import diagnose as diagnose_command
 from onnx_optshift.commands import inspect as inspect_command
 from onnx_optshift.commands import shift as shift_command
 from onnx_optshift.commands import verify as verify_command
 from onnx_optshift.commands.shift import Result
+from onnx_optshift.diagnosis.flatness import DEFAULT_PROBES
+from onnx_optshift.errors import InputError, closest
 from onnx_optshift.report.model import Report
 from onnx_optshift.report.progress import SILENT, Progress
-from onnx_optshift.settings import Settings
+from onnx_optshift.settings import Choices, Settings
 
 if TYPE_CHECKING:
     import onnx
@@ -23,7 +27,7 @@ def shift(
     *,
     heldout: object = None,
     progress: Progress = SILENT,
-    **settings: Any,
+    **settings: Unpack[Choices],
 ) -> Result:
     """Shifts a model's weights and proves that its outputs on the calibration data stayed.
 
@@ -43,11 +47,15 @@ def shift(
         DeviceError: The device is not available.
         ToleranceError: The outputs left the tolerance and backing off did not help.
     """
-    return shift_command.run(model, None, _sources(calibration), _sources(heldout), Settings(**settings), progress)
+    return shift_command.run(model, None, _sources(calibration), _sources(heldout), _settings(settings), progress)
 
 
 def inspect(
-    model: str | Path | onnx.ModelProto, calibration: object = None, *, progress: Progress = SILENT, **settings: Any
+    model: str | Path | onnx.ModelProto,
+    calibration: object = None,
+    *,
+    progress: Progress = SILENT,
+    **settings: Unpack[Choices],
 ) -> Report:
     """Layers, the freedom that calibration data leaves them, and skips with reasons. Writes no model.
 
@@ -60,7 +68,7 @@ def inspect(
     Raises:
         InputError: The model, the data or a setting cannot be used.
     """
-    return inspect_command.inspect(model, _sources(calibration), Settings(**settings), progress)
+    return inspect_command.inspect(model, _sources(calibration), _settings(settings), progress)
 
 
 def verify(
@@ -70,7 +78,7 @@ def verify(
     *,
     baseline: object = None,
     progress: Progress = SILENT,
-    **settings: Any,
+    **settings: Unpack[Choices],
 ) -> Report:
     """Compares the outputs of two models on data, and of each layer whose weight differs.
 
@@ -89,7 +97,49 @@ def verify(
         InputError: A model, the data or a setting cannot be used.
     """
     data, other = _sources(calibration), _sources(baseline)
-    return verify_command.verify(original, changed, data, Settings(**settings), progress, baseline=other)
+    return verify_command.verify(original, changed, data, _settings(settings), progress, baseline=other)
+
+
+def diagnose(
+    model: str | Path | onnx.ModelProto,
+    calibration: object = None,
+    *,
+    heldout: object = None,
+    probes: int = DEFAULT_PROBES,
+    progress: Progress = SILENT,
+    **settings: Unpack[Choices],
+) -> Report:
+    """Whether the method's conditions hold for a model and its data, and what a shift would do to flatness.
+
+    Args:
+        model: Path of an ONNX file, or a ModelProto.
+        calibration: As for `shift`, but some is needed.
+        heldout: As for `shift`.
+        probes: Random directions for each layer with which curvature is measured; 0 measures none.
+        progress: Where long passes report to.
+        **settings: Fields of `Settings`; `tolerance` is that of the shift whose flatness is measured.
+
+    Returns:
+        A report whose `collapse.verdict` is the answer.
+
+    Raises:
+        InputError: The model, the data or a setting cannot be used.
+    """
+    data, other = _sources(calibration), _sources(heldout)
+    return diagnose_command.diagnose(model, data, other, _settings(settings), probes, progress)
+
+
+def _settings(given: Choices) -> Settings:
+    """Settings of keywords.
+
+    Raises:
+        InputError: There is no such setting, or a value cannot be used.
+    """
+    known = [field.name for field in fields(Settings)]
+    for name in given:
+        if name not in known:
+            raise InputError(f"{name}: there is no such setting.{closest(name, known)} See onnx_optshift.Settings.")
+    return Settings(**given)  # type: ignore[arg-type]  # it takes lists for tuples, and says what else is wrong
 
 
 def _sources(given: object) -> list[object] | None:

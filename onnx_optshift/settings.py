@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import numbers
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, TypeGuard
+from typing import Literal, TypedDict, TypeGuard
 
 from onnx_optshift.errors import InputError, closest
 
@@ -144,6 +145,38 @@ class Settings:
                 f"heldout_fraction: expected a number between 0 and 1, both excluded, found {self.heldout_fraction!r}. "
                 "To judge on no held-out data, give 'none' as the held-out data."
             )
+
+
+class Choices(TypedDict, total=False):
+    """The fields of `Settings` as keywords, for editors and type checkers."""
+
+    tolerance: float | Literal["auto"]
+    objective: Literal["norm", "range", "curvature"]
+    stochastic: int | None
+    nodes_to_include: str | Sequence[str]
+    nodes_to_exclude: str | Sequence[str]
+    op_types: str | Sequence[str]
+    device: str
+    providers: str | Sequence[str]
+    allow_cpu_fallback: bool
+    batch_size: int | None
+    max_samples: int | None
+    max_memory: int | None
+    seed: int
+    labels: str
+    save_as_external_data: bool
+    dry_run: bool
+    force: bool
+    heldout_fraction: float
+    custom_op_library: str | None
+    quantization_bits: int | Sequence[int]
+    range_scope: Literal["channel", "tensor"]
+    range_block: int | None
+    snap: bool
+    row_weighting: Literal["relative", "none"]
+    row_mask: str
+    flatness: int | None
+    max_drift: float | None
 
 
 def _in_range(value: object, least: float, most: float) -> TypeGuard[float]:

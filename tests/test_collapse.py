@@ -9,7 +9,7 @@ import torch
 
 from onnx_optshift.calibration.source import Part, Samples
 from onnx_optshift.capture.session import resolve_device
-from onnx_optshift.diagnose import collapse as nc
+from onnx_optshift.diagnosis import collapse as nc
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.selection import Selection

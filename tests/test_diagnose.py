@@ -11,7 +11,7 @@ import tiny_models
 from rich.console import Console
 
 from onnx_optshift.commands.diagnose import diagnose
-from onnx_optshift.diagnose.verdict import Conditions, verdict
+from onnx_optshift.diagnosis.verdict import Conditions, verdict
 from onnx_optshift.errors import InputError
 from onnx_optshift.report.diagnosis import FAIL, GO, NO_GO, PASS, TRY_SMALL, WARN, Collapse, LayerRank
 from onnx_optshift.report.files import to_json

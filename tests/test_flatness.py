@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from onnx_optshift.calibration.source import Part, Samples
 from onnx_optshift.capture.session import resolve_device
 from onnx_optshift.decide.gate import loss_of
-from onnx_optshift.diagnose.flatness import SIGMAS, flatness
-from onnx_optshift.diagnose.gauss_newton import top_eigenvalue
-from onnx_optshift.diagnose.landscape import Landscape, smooth_session
+from onnx_optshift.diagnosis.flatness import SIGMAS, flatness
+from onnx_optshift.diagnosis.gauss_newton import top_eigenvalue
+from onnx_optshift.diagnosis.landscape import Landscape, smooth_session
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.selection import Selection

@@ -23,7 +23,7 @@ ROWS = [
     ["run", "arguments"],
     ["prove"],
     ["decide"],
-    ["diagnose"],
+    ["diagnosis"],
     ["report.build"],
     ["commands"],
     ["api", "cli"],
@@ -32,7 +32,7 @@ ROWS = [
 ]
 # Who may import which library, anywhere in the module.
 BORDERS = {
-    "torch": {"capture", "stats", "solve", "quantize", "run", "decide", "diagnose"},
+    "torch": {"capture", "stats", "solve", "quantize", "run", "decide", "diagnosis"},
     "onnxruntime": {"capture.session"},
     "onnx_graphsurgeon": {"graph"},
     "onnx": {"graph", "calibration", "write", "prove.static", "prove.floor", "run.prepare", "commands", "api"},

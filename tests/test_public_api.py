@@ -1,5 +1,6 @@
 """What may be relied on: the public names, and that nothing else leaks."""
 
+import dataclasses
 import inspect
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import onnx
 import pytest
 
 import onnx_optshift
+from onnx_optshift import settings
 
 ROOT = Path(__file__).parents[1]
 NAMES = {
@@ -20,6 +22,7 @@ NAMES = {
     "Settings",
     "ToleranceError",
     "__version__",
+    "diagnose",
     "inspect",
     "shift",
     "verify",
@@ -99,3 +102,28 @@ def test_a_result_is_a_model_that_is_saved_and_verified(tmp_path):
     weight.raw_data = (2 * onnx.numpy_helper.to_array(weight)).tobytes()
     onnx.save(other, out)
     assert not onnx_optshift.verify(original, out).verification.passed
+
+
+def test_the_keywords_are_the_fields_of_settings():
+    choices = settings.Choices.__annotations__
+    assert list(choices) == [field.name for field in dataclasses.fields(onnx_optshift.Settings)]
+
+
+@pytest.mark.parametrize("call", ["shift", "inspect", "diagnose", "verify"])
+def test_a_misspelt_keyword_is_an_input_error_with_a_suggestion(call):
+    model = ROOT / "models" / "digits_mlp" / "model.onnx"
+    files = (model, model) if call == "verify" else (model,)
+    with pytest.raises(
+        onnx_optshift.InputError, match=r"tolerence: there is no such setting. Close matches: .tolerance"
+    ):
+        getattr(onnx_optshift, call)(*files, tolerence=0.1)
+
+
+def test_diagnose_answers_for_a_model_in_memory():
+    folder = ROOT / "models" / "noisy_mlp"
+    report = onnx_optshift.diagnose(
+        onnx.load(folder / "model.onnx"), folder / "calibration.npz", probes=0, max_samples=200
+    )
+    assert report.command == "diagnose"
+    assert report.collapse.verdict.answer in {"go", "try small", "no-go"}
+    assert report.flatness is None

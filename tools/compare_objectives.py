@@ -19,7 +19,7 @@ import numpy as np
 
 from onnx_optshift.decide.gate import Gate, Judged, paired
 from onnx_optshift.decide.recapture import affordable, layer_by_layer
-from onnx_optshift.diagnose.flatness import flatness_of
+from onnx_optshift.diagnosis.flatness import flatness_of
 from onnx_optshift.run.candidate import Candidate
 from onnx_optshift.run.capture import layers_maker
 from onnx_optshift.run.layers import Layers

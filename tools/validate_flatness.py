@@ -26,8 +26,8 @@ from make_models import RECIPES
 
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.decide.gate import loss_of
-from onnx_optshift.diagnose.flatness import flatness
-from onnx_optshift.diagnose.landscape import Landscape, smooth_session
+from onnx_optshift.diagnosis.flatness import flatness
+from onnx_optshift.diagnosis.landscape import Landscape, smooth_session
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from onnx_optshift.decide.choose import exact
 from onnx_optshift.decide.decision import Grounds
 from onnx_optshift.decide.share import share_out
-from onnx_optshift.diagnose.conditions import conditions
-from onnx_optshift.diagnose.flatness import DEFAULT_PROBES, flatness_of
+from onnx_optshift.diagnosis.conditions import conditions
+from onnx_optshift.diagnosis.flatness import DEFAULT_PROBES, flatness_of
 from onnx_optshift.errors import InputError
 from onnx_optshift.report.build import Clock, Findings, build_report
 from onnx_optshift.report.model import Report
@@ -20,9 +21,12 @@ from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
 from onnx_optshift.solve.objective import Norm
 
+if TYPE_CHECKING:
+    import onnx
+
 
 def diagnose(
-    model: str | Path,
+    model: str | Path | onnx.ModelProto,
     calibration: Sequence[object] | None,
     heldout: Sequence[object] | None,
     settings: Settings,
@@ -32,7 +36,7 @@ def diagnose(
     """Measures whether the method's conditions hold, and what a shift at the given tolerance would do to flatness.
 
     Args:
-        model: Path of an ONNX file.
+        model: Path of an ONNX file, or a ModelProto.
         calibration: Sources of calibration data; None looks beside the model.
         heldout: Sources of held-out data, as for the pass.
         settings: `tolerance` (a number) is that of the shift whose flatness stands beside the original's.

@@ -17,7 +17,7 @@ from onnx_optshift.commands.publish import published
 from onnx_optshift.decide.choose import choose
 from onnx_optshift.decide.decision import Grounds
 from onnx_optshift.decide.grounds import drawn_layers, grounds_of
-from onnx_optshift.diagnose.flatness import flatness_of
+from onnx_optshift.diagnosis.flatness import flatness_of
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.report.build import Clock, Findings, build_report
 from onnx_optshift.report.model import Report

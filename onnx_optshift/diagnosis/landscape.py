@@ -29,7 +29,7 @@ from onnx_optshift.capture.session import Session
 from onnx_optshift.capture.stream import real_outputs
 from onnx_optshift.decide.gate import judged_rows
 from onnx_optshift.decide.loss import Loss
-from onnx_optshift.diagnose.gauss_newton import output_root
+from onnx_optshift.diagnosis.gauss_newton import output_root
 from onnx_optshift.graph.smooth_piece import CENTER, smooth_piece_model
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.candidate import Arrays

@@ -7,8 +7,8 @@ import numpy as np
 from onnx_optshift.calibration.source import Batch, Samples
 from onnx_optshift.decide.gate import loss_of
 from onnx_optshift.decide.loss import Loss
-from onnx_optshift.diagnose.collapse import answers, collapse, layer_rank
-from onnx_optshift.diagnose.verdict import JUDGED_AT, Conditions, verdict
+from onnx_optshift.diagnosis.collapse import answers, collapse, layer_rank
+from onnx_optshift.diagnosis.verdict import JUDGED_AT, Conditions, verdict
 from onnx_optshift.report.diagnosis import Diagnosis
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.layers import Layers

@@ -32,8 +32,8 @@ from onnx_optshift.calibration.source import Samples
 from onnx_optshift.calibration.split import thinned
 from onnx_optshift.decide.gate import loss_of
 from onnx_optshift.decide.loss import Loss
-from onnx_optshift.diagnose.gauss_newton import top_eigenvalue
-from onnx_optshift.diagnose.landscape import Landscape, smooth_session
+from onnx_optshift.diagnosis.gauss_newton import top_eigenvalue
+from onnx_optshift.diagnosis.landscape import Landscape, smooth_session
 from onnx_optshift.report.diagnosis import Estimate, Flatness, FlatnessReport, LayerFlatness, Sharpness
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.candidate import Arrays
