@@ -24,42 +24,25 @@ UNJUDGED = "without the held-out samples there was no shift of it to be judged"
 
 @dataclass(frozen=True)
 class Way:
-    """A way to solve several layers that share one tolerance.
+    """A way to solve several layers that share one tolerance."""
 
-    Attributes:
-        name: For the report.
-        full: Layer residual -> shifts solved on all calibration samples.
-        fit: The same on the samples that settings are tried on; the same function where none were split off.
-        separable: Whether some layers may be taken without the others.
-    """
-
-    name: str
-    full: Callable[[float], Candidate]
-    fit: Callable[[float], Candidate]
-    separable: bool = True
+    name: str  # for the report
+    full: Callable[[float], Candidate]  # layer residual -> shifts solved on all calibration samples
+    fit: Callable[[float], Candidate]  # on those that settings are tried on; the same where none were split off
+    separable: bool = True  # whether some layers may be taken without the others
 
 
 @dataclass(frozen=True)
 class Grounds:
-    """What decisions are made on.
+    """What decisions are made on."""
 
-    Attributes:
-        bench: Runs trials.
-        full: Layers with the statistics of all calibration samples.
-        fit: The same of those that settings are tried on.
-        gate: Judges on held-out data; None where there is none.
-        samples: All calibration samples.
-        tried_on: Those that settings are tried on.
-        seed: Of random choices.
-    """
-
-    bench: Bench
-    full: Layers
-    fit: Layers
-    gate: Gate | None
-    samples: Samples
-    tried_on: Samples
-    seed: int
+    bench: Bench  # runs trials
+    full: Layers  # with the statistics of all calibration samples
+    fit: Layers  # with those of the samples that settings are tried on
+    gate: Gate | None  # judges on held-out data; None where there is none
+    samples: Samples  # all calibration samples
+    tried_on: Samples  # those that settings are tried on
+    seed: int  # of random choices
 
     @property
     def parallel(self) -> Way:
@@ -69,24 +52,15 @@ class Grounds:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to write, and the promise and the verdict that go with it.
+    """What to write, and the promise and the verdict that go with it."""
 
-    Attributes:
-        candidate: Shifts to write, and why others are not.
-        promise: What the written file is held to.
-        way: How the candidate was solved.
-        verdict: The trial on held-out data that stands for exactly these layers; None where nothing moves or nothing
-            was held out.
-        rejected: Reasons, by initializer, for shifts that were found and not taken.
-        notes: Sentences for the report.
-    """
-
-    candidate: Candidate
-    promise: Promise
-    way: Way
+    candidate: Candidate  # shifts to write, and why others are not
+    promise: Promise  # what the written file is held to
+    way: Way  # how the candidate was solved
+    # The trial on held-out data that stands for exactly these layers; None where nothing moves or nothing was held out.
     verdict: Trial | None = None
-    rejected: Mapping[str, str] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    rejected: Mapping[str, str] = field(default_factory=dict)  # why shifts were found and not taken, by initializer
+    notes: tuple[str, ...] = ()  # sentences for the report
 
 
 def measured(grounds: Grounds, candidate: Candidate) -> Promise:
@@ -110,7 +84,7 @@ def decided(
     """All layers if held-out data accepts them together, at this layer residual or halves of it; else those it accepts.
 
     Args:
-        grounds: Solves and judges.
+        grounds: What it is decided on.
         way: How layers are solved.
         residual: That each layer may have.
         promise: What goes with it.
@@ -144,21 +118,13 @@ def decided(
 
 @dataclass(frozen=True)
 class _Pair:
-    """A candidate that could be written, and its twin on the samples that settings are tried on, which can be judged.
-
-    Attributes:
-        way: How they were solved.
-        candidate: Solved on all calibration samples.
-        trial: Solved on those that settings are tried on.
-        moved: Layers that both move.
-        unjudged: Reasons for layers that only the candidate moves.
-    """
+    """A candidate that could be written, and its twin on the samples that settings are tried on, to be judged."""
 
     way: Way
-    candidate: Candidate
-    trial: Candidate
-    moved: tuple[str, ...]
-    unjudged: Mapping[str, str]
+    candidate: Candidate  # solved on all calibration samples
+    trial: Candidate  # solved on those that settings are tried on
+    moved: tuple[str, ...]  # layers that both move
+    unjudged: Mapping[str, str]  # reasons for layers that only the candidate moves
 
     def written(self, names: Sequence[str]) -> Candidate:
         """The candidate with these shifts only, and with all layers that do not move anyway."""

@@ -48,14 +48,7 @@ def affordable(layers: Layers) -> bool:
 
 
 def layer_by_layer(bench: Bench, layers: Layers, samples: Samples, residual: float) -> Candidate:
-    """Shifts of all weights in graph order, each for re-captured inputs and its original outputs.
-
-    Args:
-        bench: Captures.
-        layers: Solved in parallel, for the first layer and for the targets.
-        samples: Calibration data.
-        residual: Relative residual that each layer may have towards its original outputs.
-    """
+    """Shifts of all weights in graph order, each for re-captured inputs and within a residual of its own outputs."""
     solved: dict[str, Solved] = {}
     for weight in layers.weights.values():
         arrays = Candidate(solved, residual).arrays

@@ -26,46 +26,27 @@ from onnx_optshift.stats.rows import Weigh, observe
 
 @dataclass(frozen=True)
 class Measured:
-    """What one run of the first sample tells.
+    """What one run of the first sample tells."""
 
-    Attributes:
-        values: Bytes of each tapped value, by name.
-        rows: Rows of each tap.
-        outputs: Bytes of the model's outputs.
-    """
-
-    values: Mapping[str, int]
+    values: Mapping[str, int]  # bytes of each tapped value, by name
     rows: Mapping[Tap, int]
-    outputs: int
+    outputs: int  # bytes of the model's outputs
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Everything that experiments on one model need; valid as it is.
+    """Everything that experiments on one model need; valid as it is."""
 
-    Attributes:
-        model: The original.
-        weights: The weights that may move, in graph order.
-        device: What runs where.
-        sessions: Of the model.
-        outputs: Of the original and of trials.
-        batch_size: Samples per run.
-        waves: Taps that are captured and solved together.
-        rows: Rows that one sample gives each tap, where that was measured.
-        progress: Where long passes report to.
-        rules: How rows are weighed, by the name that taps give.
-    """
-
-    model: ModelFile
-    weights: tuple[Weight, ...]
+    model: ModelFile  # the original
+    weights: tuple[Weight, ...]  # those that may move, in graph order
     device: Device
     sessions: Sessions
-    outputs: Outputs
-    batch_size: int
-    waves: tuple[tuple[Tap, ...], ...]
-    rows: Mapping[Tap, int]
-    progress: Progress
-    rules: Mapping[str, Weigh] = field(default_factory=dict)
+    outputs: Outputs  # of the original and of trials
+    batch_size: int  # samples per run
+    waves: tuple[tuple[Tap, ...], ...]  # taps that are captured and solved together
+    rows: Mapping[Tap, int]  # that one sample gives each tap, where that was measured
+    progress: Progress  # where long passes report to
+    rules: Mapping[str, Weigh] = field(default_factory=dict)  # how rows are weighed, by the name that taps give
 
     @classmethod
     def open(
@@ -79,17 +60,7 @@ class Bench:
         custom_op_library: str | None = None,
         progress: Progress = SILENT,
     ) -> Bench:
-        """A bench whose layers are captured in one wave.
-
-        Args:
-            model: The original.
-            weights: The weights that may move.
-            device: What runs where.
-            batch_size: Samples per run.
-            kept_bytes: Outputs of the original that may stay in memory.
-            custom_op_library: Shared library with custom operators.
-            progress: Where long passes report to.
-        """
+        """A bench whose layers are captured in one wave, and which keeps so many bytes of the original's outputs."""
         sessions = Sessions(model, device, custom_op_library)
         outputs = Outputs(sessions, [weight.name for weight in weights], batch_size, kept_bytes)
         waves = (taps_of(weights),) if weights else ()
@@ -152,11 +123,7 @@ class Bench:
         return Measured(sizes, rows, sum(value.nbytes for value in outputs.values()) // size)
 
     def unstackable(self, samples: Samples) -> tuple[Skip, ...]:
-        """Weights whose input, inside a Loop or Scan, cannot be stacked over the iterations, with the reason.
-
-        Args:
-            samples: Calibration data, of which the first sample is tried.
-        """
+        """Weights whose input, inside a Loop or Scan, cannot be stacked over the first sample's iterations."""
         looped = [w for w in self.weights if any(use.tap.inside and use.tap.inside.loops for use in w.uses)]
         if not looped:
             return ()

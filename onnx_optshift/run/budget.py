@@ -39,28 +39,16 @@ FACTORING, SOLVING = 6, 5
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may take, in bytes.
+    """What a run may take, in bytes."""
 
-    Attributes:
-        limit: Of the process's resident size at its peak.
-        used: Resident size when the run started: interpreter and libraries.
-        device: Memory of the GPU that solves; None where the host does.
-        asked: Whether the user set the limit.
-    """
-
-    limit: int
-    used: int
-    device: int | None
-    asked: bool
+    limit: int  # of the process's resident size at its peak
+    used: int  # resident size when the run started: interpreter and libraries
+    device: int | None  # memory of the GPU that solves; None where the host does
+    asked: bool  # whether the user set the limit
 
     @classmethod
     def of(cls, max_memory: int | None, solve: str) -> Budget:
-        """The budget of this process, now.
-
-        Args:
-            max_memory: Bytes that the user allows; None for a share of what is free.
-            solve: torch device of statistics and solvers.
-        """
+        """The budget of this process, now; without a limit of the user's a share of what is free."""
         used = psutil.Process().memory_info().rss + LIBRARIES
         limit = max_memory if max_memory is not None else used + int(FREE_MEMORY_SHARE * free_memory())
         device = int(FREE_MEMORY_SHARE * torch.cuda.mem_get_info(solve)[0]) if solve.startswith("cuda") else None
@@ -69,48 +57,27 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run keeps its budget, and the peak that is predicted from it, in bytes.
+    """How a run keeps its budget, and the peak that is predicted from it, in bytes."""
 
-    Attributes:
-        batch_size: Samples per run of the model.
-        waves: Taps that are captured and solved together, one wave after the other.
-        kept: Outputs of the original that may be kept in memory.
-        predicted: The process's resident size at its peak.
-        parts: The prediction in words.
-    """
-
-    batch_size: int
-    waves: tuple[tuple[Tap, ...], ...]
-    kept: int
-    predicted: int
-    parts: str
+    batch_size: int  # samples per run of the model
+    waves: tuple[tuple[Tap, ...], ...]  # taps that are captured and solved together, one wave after the other
+    kept: int  # outputs of the original that may be kept in memory
+    predicted: int  # the process's resident size at its peak
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What a plan is made from, in bytes unless stated otherwise.
+    """What a plan is made from, in bytes unless stated otherwise."""
 
-    Attributes:
-        external: External data of the model.
-        inline: The model file.
-        values: One sample of each tapped value, by name.
-        outputs: One sample of all outputs of the model.
-        rows: Rows that one sample gives each tap.
-        samples: Number of samples of calibration data.
-        parts: How many disjoint parts of the data get statistics of their own.
-        metric: Whether every input is weighed by a d x d matrix of its own.
-        apart: Whether the model is large, and so has one session at a time.
-    """
-
-    external: int
-    inline: int
-    values: Mapping[str, int]
-    outputs: int
-    rows: Mapping[Tap, int]
-    samples: int
-    parts: int
-    metric: bool
-    apart: bool
+    external: int  # external data of the model
+    inline: int  # the model file
+    values: Mapping[str, int]  # one sample of each tapped value, by name
+    outputs: int  # one sample of all outputs of the model
+    rows: Mapping[Tap, int]  # number that one sample gives each tap
+    samples: int  # number of samples of calibration data
+    parts: int  # how many disjoint parts of the data get statistics of their own
+    metric: bool  # whether every input is weighed by a d x d matrix of its own
+    apart: bool  # whether the model is large, and so has one session at a time
 
     @property
     def model(self) -> int:
@@ -163,12 +130,6 @@ def make_plan(costs: Costs, weights: Sequence[Weight], batch_size: int | None, b
     Where nobody set a limit, the statistics of a large model take no more than the largest layer's working set: a run
     then needs little more than the model itself.
 
-    Args:
-        costs: Of the model and its data.
-        weights: The weights that may move, in graph order.
-        batch_size: As asked for; None chooses.
-        budget: What the run may take.
-
     Raises:
         InputError: Even one layer and one sample at a time would not fit.
     """
@@ -202,21 +163,16 @@ def make_plan(costs: Costs, weights: Sequence[Weight], batch_size: int | None, b
         f"process {_size(budget.used)}, model {_size(model)}, activations {_size(activations)}, kept outputs "
         f"{_size(kept)}, statistics {_size(statistics)}{where}, solver {_size(solve)}{where}"
     )
-    too_much = predicted if predicted > budget.limit else 0
-    on_device = statistics + solve
-    if budget.device is not None and on_device > budget.device:
-        raise InputError(_refusal(on_device, budget.device, parts, "memory of the GPU"))
-    if too_much:
-        raise InputError(_refusal(too_much, budget.limit, parts, "memory"))
+    asked = [("memory", predicted, budget.limit)]
+    asked += [("memory of the GPU", statistics + solve, budget.device)] if budget.device is not None else []
+    for what, needed, limit in asked:
+        if needed > limit:
+            raise InputError(
+                f"{what}: predicted peak {_size(needed)} ({parts}) exceeds {_size(limit)}, one layer at a time. Raise "
+                "--max-memory, lower --batch-size, or leave the widest layers out with --nodes-to-exclude."
+            )
     _logger.info("memory: predicted peak %s (%s), passes %d", _size(predicted), parts, len(waves))
-    return Plan(size, waves, kept, predicted, parts)
-
-
-def _refusal(predicted: int, limit: int, parts: str, what: str) -> str:
-    return (
-        f"{what}: predicted peak {_size(predicted)} ({parts}) exceeds {_size(limit)}, one layer at a time. Raise "
-        "--max-memory, lower --batch-size, or leave the widest layers out with --nodes-to-exclude."
-    )
+    return Plan(size, waves, kept, predicted)
 
 
 def _waves(weights: Sequence[Weight], fits: Callable[[Iterable[Tap]], bool]) -> tuple[tuple[Tap, ...], ...]:

@@ -30,13 +30,7 @@ WORST_SAMPLES = 5
 def layer_drifts(
     bench: Bench, changes: Mapping[str, tuple[torch.Tensor, torch.Tensor]], samples: Samples
 ) -> tuple[LayerDrift, ...]:
-    """Measures the shares of every sample in every changed layer, in one streaming pass over the original model.
-
-    Args:
-        bench: The original model.
-        changes: (V, W), each `[g, d, m]`, by initializer name.
-        samples: The data to look at.
-    """
+    """The shares of every sample in every changed layer, of (V, W) `[g, d, m]` by name, in one streaming pass."""
     weights = [weight for weight in bench.weights if weight.name in changes]
     shares: dict[str, NDArray[np.float64]] = {weight.name: np.zeros((2, len(samples))) for weight in weights}
 
@@ -58,13 +52,7 @@ def layer_drifts(
 
 
 def drift(data: Sequence[LayerDrift], baseline: Sequence[LayerDrift] | None, limit: float | None) -> Drift:
-    """The worst layer's figure, and the layers of the data and of the baseline.
-
-    Args:
-        data: Of the data that is looked at.
-        baseline: Of the calibration data; None where it is not given.
-        limit: What the figure may be at most; None for no limit.
-    """
+    """The worst layer's figure, which may be at most `limit`; the layers of the data, and of the calibration data."""
     figure = _figure(data)
     return Drift(
         figure=figure,

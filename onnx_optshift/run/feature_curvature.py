@@ -40,15 +40,9 @@ FIRST_STEP, FEWEST_UNITS = 1e-3, 32
 
 
 def feature_curvature(bench: Bench, samples: Samples, *, probes: int = PROBES, seed: int = 0) -> StatisticsStore:
-    """Moments of the slopes of every tap of the bench: `gram() / rows` is M `[g, d, d]`.
+    """Moments of the slopes of every tap of the bench: `gram() / rows` is M `[g, d, d]`, the mean over some samples.
 
     All weights of the model move, whether the bench solves for them or not. M is 0 where none lies before a tap.
-
-    Args:
-        bench: Runs the model; each of its waves is measured when it is loaded.
-        samples: What the mean is over; thinned to `MOST_SAMPLES`.
-        probes: Random directions.
-        seed: Of the directions.
     """
     sources, _ = discover(bench.model, Selection())
     few = thinned(samples, MOST_SAMPLES, seed)

@@ -145,14 +145,7 @@ class Layers:
         return _stacked(store.load(store.wave_of(weight.uses[0].tap)), weight).gram()
 
     def finish(self, weight: Weight, problem: Problem, shift: Shift, residual: float) -> Solved:
-        """A solution as it would stand in the file, with its figures measured on what rounding left.
-
-        Args:
-            weight: What it is of.
-            problem: Its equation.
-            shift: The solution.
-            residual: What it was allowed; where the objective finds that not worth new bytes, the weight stays.
-        """
+        """A solution as it would stand in the file; where the objective finds that not worth it, the weight stays."""
         array = finished(shift.matrix, weight.form, self._content(weight.name).dtype)
         written = as_matrix(array, weight.form, self._device)
         objection = self.objective.objection(problem, written, residual)
@@ -163,14 +156,10 @@ class Layers:
     def measured(self, weight: Weight, problem: Problem, shift: Shift, array: NDArray[np.generic]) -> Solved:
         """Other content of a weight's initializer, with its figures; the shift says how it came about."""
         written = as_matrix(array, weight.form, self._device)
-        figures = Shift.unchanged(written, shift.outcome)
+        now = Shift.unchanged(written, shift.outcome)
         # The solution in float64 has done its work; a model's worth of them would be twice its size.
-        shift = replace(
-            shift,
-            matrix=written.new_empty(0),
-            norm_after=figures.norm_before,
-            range_after=figures.range_before,
-        )
+        empty = written.new_empty(0)
+        shift = replace(shift, matrix=empty, norm_after=now.norm_before, range_after=now.range_before)
         return Solved(
             shift,
             self._keep(array),

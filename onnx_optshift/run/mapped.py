@@ -41,9 +41,6 @@ class MappedStore:
     def keep(self, array: NDArray[Any]) -> NDArray[Any]:
         """The same array, read only, in a file; small ones, and those of Python objects, as they are.
 
-        Args:
-            array: Of any dtype and shape.
-
         Raises:
             InputError: There is no space left for it.
         """

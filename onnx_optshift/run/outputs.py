@@ -80,13 +80,7 @@ class Outputs:
     def deviation(
         self, samples: Samples, arrays: Arrays, other: Callable[[], Session] | None = None
     ) -> OutputsDifference:
-        """How far outputs with these weights are from the original's.
-
-        Args:
-            samples: The data.
-            arrays: Trial weights by initializer name.
-            other: Opens another session to run instead of trial weights: a written file, or a noise run.
-        """
+        """How far outputs with these weights, or of another session (a written file, a noise run), are off."""
         difference = OutputsDifference()
         session: Session | None = None
         for batch, reference in self.reference(samples):

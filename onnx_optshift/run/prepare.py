@@ -43,50 +43,33 @@ NO_DATA_WARNING = (
 
 @dataclass(frozen=True)
 class Data:
-    """The samples of one run.
+    """The samples of one run."""
 
-    Attributes:
-        calibration: All samples that the final solve and the promise cover.
-        fit: The part that settings are tried on; `calibration` itself unless some of it was split off to judge.
-        heldout: Data that shifts are judged on: given, or split off; None when there is none.
-        split: Whether `heldout` was split off the calibration data and joins it for the final solve.
-        warnings: One sentence each.
-    """
-
-    calibration: Samples
-    fit: Samples
-    heldout: Samples | None = None
-    split: bool = False
-    warnings: tuple[str, ...] = ()
+    calibration: Samples  # all that the final solve and the promise cover
+    fit: Samples  # the part that settings are tried on: all of `calibration`, unless some was split off to judge
+    heldout: Samples | None = None  # what shifts are judged on: given, or split off; None when there is none
+    split: bool = False  # whether `heldout` was split off the calibration data and joins it for the final solve
+    warnings: tuple[str, ...] = ()  # one sentence each
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A run before anything is captured; valid as it is.
+    """A run before anything is captured; valid as it is."""
 
-    Attributes:
-        model: The original.
-        bench: Runs it and its trials.
-        weights: Weights that can be solved for.
-        skips: Linear layers that are left alone, with reasons.
-        data: The samples; None where no layer needs any and none were given.
-        settings: All choices.
-        predicted_memory: The process's peak, in bytes; None without data.
-        reads: Sources of all data, which nothing may be written over.
-        top_shares: Share of a layer's output energy that 1 per cent of its rows own, where that was looked at.
-        notes: Sentences for the report.
-    """
-
-    model: ModelFile
-    bench: Bench
-    weights: tuple[Weight, ...]
-    skips: tuple[Skip, ...]
-    data: Data | None
+    model: ModelFile  # the original
+    bench: Bench  # runs it and its trials
+    skips: tuple[Skip, ...]  # linear layers that are left alone, with reasons
+    data: Data | None  # None where no layer needs any and none were given
     settings: Settings
-    predicted_memory: int | None
-    reads: tuple[object, ...] = ()
-    top_shares: Mapping[str, float] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    predicted_memory: int | None = None  # the process's peak, in bytes; None without data
+    reads: tuple[object, ...] = ()  # sources of all data, which nothing may be written over
+    top_shares: Mapping[str, float] = field(default_factory=dict)  # of a layer's output energy, in 1 % of its rows
+    notes: tuple[str, ...] = ()  # sentences for the report
+
+    @property
+    def weights(self) -> tuple[Weight, ...]:
+        """Those that can be solved for."""
+        return self.bench.weights
 
 
 def prepare(
@@ -118,19 +101,13 @@ def prepare(
     selection = Selection(settings.nodes_to_include, settings.nodes_to_exclude, settings.op_types)
     weights, skips = discover(source, selection)
     device = resolve_device(settings.device, settings.providers, allow_cpu_fallback=settings.allow_cpu_fallback)
-    bench = Bench.open(
-        source,
-        weights,
-        device,
-        batch_size=settings.batch_size or 1,
-        custom_op_library=settings.custom_op_library,
-        progress=progress,
-    )
+    size, library = settings.batch_size or 1, settings.custom_op_library
+    bench = Bench.open(source, weights, device, batch_size=size, custom_op_library=library, progress=progress)
     sources = calibration or (beside(source.path, input_specs(source)) if source.path is not None else ())
     samples = find_calibration(source, sources, settings, heldout)
     if samples is None:
         if not (make_up and weights and source.inputs):
-            return Prepared(source, bench, tuple(weights), tuple(skips), None, settings, None, tuple(heldout or ()))
+            return Prepared(source, bench, tuple(skips), None, settings, reads=tuple(heldout or ()))
         samples = _made_up(bench, source, settings)
     unreached = bench.unstackable(samples)
     bench = bench.without({skip.weight for skip in unreached if skip.weight is not None}) if unreached else bench
@@ -164,9 +141,7 @@ def prepare(
     data = _warned(data, note) if note else data
     reads = (*sources, *(heldout or ()))
     shares = {name: found.top_share for name, found in rows.items()}
-    return Prepared(
-        source, bench, bench.weights, (*skips, *unreached), data, settings, plan.predicted, reads, shares, notes
-    )
+    return Prepared(source, bench, (*skips, *unreached), data, settings, plan.predicted, reads, shares, notes)
 
 
 def find_calibration(
@@ -185,13 +160,7 @@ def find_calibration(
 
 
 def arrange(model: ModelFile, calibration: Samples, heldout: Sequence[object] | None, settings: Settings) -> Data:
-    """Decides which samples fit and which are held out.
-
-    Args:
-        model: For its inputs.
-        calibration: All calibration samples.
-        heldout: Sources of held-out data; `["none"]` switches the gate off; None splits it off.
-        settings: For the fraction, the labels' name and the seed.
+    """Decides which samples fit and which are held out: those of other sources, or else a share of the calibration's.
 
     Raises:
         InputError: The held-out data cannot be used.

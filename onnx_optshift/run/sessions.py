@@ -27,17 +27,7 @@ LARGE_MODEL = 2**30
 
 
 class Sessions:
-    """Opens sessions of a model, its copies with probes, and files made from it.
-
-    Args:
-        model: The original.
-        device: What runs it.
-        custom_op_library: Shared library with custom operators.
-
-    Attributes:
-        external: Bytes of the model's external data.
-        large: Whether only one session is open at a time, and weights stay in their file.
-    """
+    """Opens sessions of a model, its copies with probes, and files made from it."""
 
     def __init__(self, model: ModelFile, device: Device, custom_op_library: str | None = None) -> None:
         self._model = model
@@ -45,20 +35,11 @@ class Sessions:
         self._custom_op_library = custom_op_library
         self._kept: dict[tuple[str, ...], Session] = {}
         self._store = MappedStore()
-        self.external = sum(raw_size(tensor) for tensor in all_tensors(model.proto) if is_external(tensor))
-        self.large = self.external >= LARGE_MODEL
+        self.external = sum(raw_size(tensor) for tensor in all_tensors(model.proto) if is_external(tensor))  # bytes
+        self.large = self.external >= LARGE_MODEL  # one session at a time, and weights stay in their file
 
     def open(self, model: bytes | Path | None = None, **options: Any) -> Session:
-        """A new session on the original, on another file, or on bytes whose external data is the original's.
-
-        Args:
-            model: What to run; None for the original.
-            **options: Of `Session`.
-
-        Raises:
-            InputError: ONNX Runtime cannot load it.
-            DeviceError: It would run somewhere else than asked.
-        """
+        """A new session on the original, on another file, or on bytes whose external data is the original's."""
         if self.large:
             self.rest()
             options = {"prepack": False, **options}
