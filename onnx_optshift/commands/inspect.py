@@ -39,7 +39,7 @@ def inspect(
     """
     clock = Clock(progress)
     with progress.stage("preparation"):
-        prepared = prepare(model, settings, calibration, progress=progress)
+        prepared = prepare(model, settings, calibration, look_at_rows=True, progress=progress)
     found, data = Findings("inspect", prepared), prepared.data
     if data is not None and prepared.weights:
         with clock("capture"):

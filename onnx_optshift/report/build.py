@@ -115,6 +115,7 @@ def _layer(weight: Weight, findings: Findings) -> schema.LayerReport:
         groups=weight.groups,
         dtype=weight.dtype,
         uses=tuple(use.node for use in weight.uses),
+        top_row_share=findings.prepared.top_shares.get(weight.name),
     )
     if layers is None or decision is None:
         return known
@@ -131,7 +132,7 @@ def _layer(weight: Weight, findings: Findings) -> schema.LayerReport:
     known = replace(known, **{f.name: found[f.name] for f in fields(known) if f.name in found})
     return replace(
         known,
-        tolerance=decision.candidate.tolerance if moved else None,
+        tolerance=None if moved is None else decision.candidate.tolerance if moved.allowed is None else moved.allowed,
         norm_before=facts.norm,
         norm_after=moved.shift.norm_after if moved else facts.norm,
         range_before=facts.largest,

@@ -113,6 +113,7 @@ class LayerReport:
     # Singular values of the rows, as shares of the largest, from the first direction to the d-th in equal steps; 0
     # where no row points. A plateau that ends in a cliff means that rank and freedom are clear-cut.
     spectrum: tuple[float, ...] = ()
+    top_row_share: float | None = None  # of the output's energy, in 1 % of the rows; None where it was not looked at
     seconds: float | None = None
     dtype: str | None = None  # element type of the initializer
     uses: tuple[str, ...] = ()  # all nodes that use it

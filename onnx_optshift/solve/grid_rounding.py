@@ -46,8 +46,9 @@ START_GAP = 2e-2
 MOST_SWEEPS, LEAST_FALL = 6, 2e-3
 # Refitted scales stay within this factor: beyond it the levels are the wrong ones.
 MOST_REFIT = 2.0
-_CHUNK = 64  # inputs whose errors are passed on together
-_COLUMNS = 1024  # at a time, where columns are independent
+# Inputs whose errors are passed on together, and columns at a time where they are independent. Their product stays
+# below what torch shares out among threads (32,768 numbers): those would wait for one another at every input.
+_CHUNK, _COLUMNS = 32, 1000
 
 
 @dataclass(frozen=True)
