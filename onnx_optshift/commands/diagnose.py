@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from onnx_optshift.decide.choose import exact
-from onnx_optshift.decide.decision import Grounds
+from onnx_optshift.decide.decision import Decision
 from onnx_optshift.decide.share import share_out
 from onnx_optshift.diagnosis.conditions import conditions
 from onnx_optshift.diagnosis.flatness import DEFAULT_PROBES, flatness_of
 from onnx_optshift.errors import InputError
+from onnx_optshift.prove.floor import Promise
 from onnx_optshift.report.build import Clock, Findings, build_report
 from onnx_optshift.report.model import Report
 from onnx_optshift.report.progress import SILENT, Progress
@@ -58,17 +58,12 @@ def diagnose(
     with clock("capture"):
         layers, _ = captured(prepared, whole, Norm())
     with clock("solve"):
-        layers.survey()
-        samples = data.calibration
-        decision = exact(Grounds(prepared.bench, layers, layers, None, samples, samples, settings.seed))
+        samples, candidate = data.calibration, layers.candidate(0.0)
         if isinstance(settings.tolerance, float) and settings.tolerance > 0:
             outputs = prepared.bench.outputs
-            shared = share_out(outputs, samples, layers.candidate, settings.tolerance, settings.seed)
-            decision = replace(decision, candidate=shared.candidate)
-    flat = None
-    if probes:
-        flat = flatness_of(prepared.bench, samples, settings, decision.candidate.arrays or None, probes)
-    found = replace(found, layers=layers, decision=decision)
+            candidate = share_out(outputs, samples, layers.candidate, settings.tolerance, settings.seed).candidate
+    flat = flatness_of(prepared.bench, samples, settings, candidate.arrays or None, probes) if probes else None
+    found = replace(found, layers=layers, decision=Decision(candidate, Promise(0.0, "noise", samples)))
     diagnosis = conditions(prepared.bench, layers, data)
     summary = f"{diagnosis.verdict.answer}: {diagnosis.verdict.why}"
     return build_report(found, clock, flatness=flat, collapse=diagnosis, summary=summary)

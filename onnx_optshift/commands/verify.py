@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_optshift.commands.outcome import pair_summary
-from onnx_optshift.decide.decision import Decision, Grounds
+from onnx_optshift.decide.decision import Decision
 from onnx_optshift.errors import InputError
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.weights import Weight
@@ -70,8 +70,7 @@ def verify(
         with clock("solve"):
             layers.survey()
             solved = {w.name: _changed(layers, w, b) for w in differing if w.name in layers.facts}
-        way = Grounds(bench, layers, layers, None, samples, samples, settings.seed).parallel
-        found = replace(found, layers=layers, decision=Decision(Candidate(solved, 0.0, layers.facts), promise, way))
+        found = replace(found, layers=layers, decision=Decision(Candidate(solved, 0.0, layers.facts), promise))
         other = find_calibration(a, baseline, settings) if baseline else None
         pairs = {
             w.name: (layers.matrix(w), as_matrix(b.initializer(w.name), w.form, bench.device.solve)) for w in differing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from onnx_optshift.decide.decision import Decision, Grounds, decided
+from onnx_optshift.decide.decision import Decision, Grounds, as_given, decided
 from onnx_optshift.prove.floor import Floor, verification
 from onnx_optshift.report.model import Verification
 
@@ -19,7 +19,7 @@ def shrunk(grounds: Grounds, decision: Decision, proof: Verification) -> Decisio
     factor = min(AIM * decision.promise.tolerance / worst, LEAST_SHRINK) if worst > 0 else LEAST_SHRINK
     return decided(
         grounds,
-        decision.way,
+        decision.way or as_given(decision.candidate),
         decision.candidate.tolerance * factor,
         decision.promise,
         "backed off: shifts",
@@ -50,5 +50,5 @@ def reverted(grounds: Grounds, decision: Decision, floor: Floor) -> Decision:
         middle = (low + high) // 2
         low, high = (low, middle) if passes(middle) else (middle, high)
     before = replace(decision, rejected={**decision.rejected, **dict.fromkeys(order[:high], REVERTED)})
-    way, left = decision.way, order[high:]
+    way, left = decision.way or as_given(candidate), order[high:]
     return decided(grounds, way, candidate.tolerance, promise, "fewer layers", names=left, before=before)

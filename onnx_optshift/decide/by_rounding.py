@@ -19,12 +19,9 @@ NARROWED = "narrowed, every layer at its own residual"
 
 
 def by_rounding(grounds: Grounds, *, snap: bool, most: float = 1.0) -> Decision:
-    """What to write for a quantizer; its promise is what the outputs were measured to deviate by.
+    """What to write for a quantizer: weights on its grid, or only narrow for it, from a residual of so much at most.
 
-    Args:
-        grounds: Solves and judges; its layers' objective has grids.
-        snap: Whether weights are put on the grid; they are only made narrow for it otherwise.
-        most: Largest residual that a layer may have before it is rounded.
+    Its promise is what the outputs were measured to deviate by.
     """
     starts = best_starts(grounds.fit, most, snap=snap)
 

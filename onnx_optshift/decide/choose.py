@@ -13,7 +13,7 @@ from onnx_optshift.calibration.source import Samples
 from onnx_optshift.decide.by_rounding import by_rounding
 from onnx_optshift.decide.decision import Decision, Grounds, Way, decided, measured
 from onnx_optshift.decide.draws import balanced_batch, batch_sizes, classes_of
-from onnx_optshift.decide.gate import NO_INCREASE, Gate, Judged, paired
+from onnx_optshift.decide.gate import NO_INCREASE, paired
 from onnx_optshift.decide.recapture import affordable, layer_by_layer
 from onnx_optshift.decide.share import share_out
 from onnx_optshift.errors import InputError
@@ -28,9 +28,8 @@ HALVINGS = 3
 # Layer residuals that `--tolerance auto` walks along before it refines.
 AUTO_PATH = tuple(float(f"{x:.4g}") for x in np.geomspace(0.003, 0.5, 12))
 NO_BETTER = "gate: no residual that was tried serves held-out data better than the exact shift"
-# Refusals in a row that end the walk: one may be noise; and rounding to few bits is a lottery, where a little deviation
-# gains nothing for certain and a larger one much.
-PATIENCE, PATIENCE_ROUNDED = 2, 6
+# Refusals in a row that end the walk: one may be noise.
+PATIENCE = 2
 # Bisections around the best residual of the path.
 REFINEMENTS = 2
 # Seeded draws for each batch size of the stochastic form.
@@ -38,12 +37,7 @@ DRAWS = 3
 
 
 def choose(grounds: Grounds, settings: Settings, layers_for: Callable[[Samples], Layers]) -> Decision:
-    """What to write, by the mode that the settings ask for.
-
-    Args:
-        grounds: Solves and judges.
-        settings: `stochastic` and `tolerance` name the mode.
-        layers_for: Captures a batch and gives its layers, for the stochastic form.
+    """What to write, by the mode that the settings ask for; `layers_for` gives the layers of a batch that was drawn.
 
     Raises:
         InputError: The data does not suffice for the mode.
@@ -55,7 +49,12 @@ def choose(grounds: Grounds, settings: Settings, layers_for: Callable[[Samples],
     # One file lies on one grid: what several widths are asked for stays narrow for all of them.
     snap = rounded and settings.snap and len(settings.quantization_bits) == 1
     if settings.tolerance == "auto":
-        return by_rounding(_judged(grounds), snap=snap) if rounded else automatic(_judged(grounds))
+        if grounds.gate is None:
+            raise InputError(
+                "--tolerance auto decides on held-out data, and there is none: give --heldout, or more calibration "
+                "samples."
+            )
+        return by_rounding(grounds, snap=snap) if rounded else automatic(grounds)
     if settings.tolerance == 0:
         return exact(grounds)
     notes: tuple[str, ...] = ()
@@ -69,19 +68,6 @@ def choose(grounds: Grounds, settings: Settings, layers_for: Callable[[Samples],
         )
     decision = within(grounds, settings.tolerance)
     return replace(decision, notes=(*notes, *decision.notes))
-
-
-def _judged(grounds: Grounds) -> Grounds:
-    """The same.
-
-    Raises:
-        InputError: There is no held-out data to decide on.
-    """
-    if grounds.gate is None:
-        raise InputError(
-            "--tolerance auto decides on held-out data, and there is none: give --heldout, or more calibration samples."
-        )
-    return grounds
 
 
 def exact(grounds: Grounds) -> Decision:
@@ -161,17 +147,17 @@ def _squared_norm(candidate: Candidate) -> float:
 def automatic(grounds: Grounds) -> Decision:
     """The layer residual, exact among them, of least loss on held-out data; among equals the smallest.
 
-    The loss is that of the model as it is, or the quantized model's error where weights are going to be rounded. Two
-    are equal where they differ by no more than rounding. Without labels the only loss is the distance to the original,
-    which no shift can make smaller: then only the exact one is taken.
+    Two losses are equal where they differ by no more than rounding. Without labels the only loss is the distance to the
+    original, which no shift can make smaller: then only the exact one is taken.
     """
     gate = grounds.gate
     assert gate is not None
-    if gate.loss.is_distance and not gate.rounds:
+    if gate.loss.is_distance:
         note = "auto: without labels no held-out loss can fall, so that only exact shifts are taken"
         return replace(exact(grounds), notes=(note,))
-    tried: dict[float, Judged] = {0.0: gate.before}  # until the exact shift is accepted: no shift is worth a loss
-    walked: set[float] = set()
+    # That of the original stands for the exact shift until that is accepted: no shift is worth a loss.
+    losses = {0.0: float(gate.deciding(gate.before).mean())}
+    walked = set(AUTO_PATH)
     refused: dict[str, str] = {}
 
     def accepted(residual: float) -> bool:
@@ -181,63 +167,50 @@ def automatic(grounds: Grounds) -> Decision:
             return True  # nothing moves: no harm, and nothing to judge
         verdict, after = gate.judge(arrays, f"all layers at residual {residual:.3g}", residual)
         if verdict.accepted:
-            tried[residual] = after
-        reason = f"gate: {verdict.reason}" if not any(tried) else NO_BETTER
-        refused.update({name: reason for name in arrays if reason is NO_BETTER or name not in refused})
+            losses[residual] = float(gate.deciding(after).mean())
+        for name in arrays:
+            refused.setdefault(name, f"gate: {verdict.reason}")
         return verdict.accepted
 
-    refused_in_a_row = 0
+    def least() -> float:
+        best = min(losses.values())
+        return min(residual for residual, loss in losses.items() if loss <= best + NO_INCREASE * abs(best))
+
+    in_a_row = 0
     for residual in (0.0, *AUTO_PATH):
-        refused_in_a_row = 0 if accepted(residual) else refused_in_a_row + 1
-        if refused_in_a_row == (PATIENCE_ROUNDED if gate.rounds else PATIENCE):
+        in_a_row = 0 if accepted(residual) else in_a_row + 1
+        if in_a_row == PATIENCE:
             break
     for _ in range(REFINEMENTS):
-        best = _least(tried, gate)
-        for other in _neighbours(best, [*AUTO_PATH, *walked]):
-            accepted(math.sqrt(best * other))
-    chosen = _least(tried, gate)
-    note = f"auto chose layer residual {chosen:.3g}" if chosen else "auto chose the exact shift"
-    if not chosen:
+        if best := least():
+            below, above = [r for r in walked if 0 < r < best], [r for r in walked if r > best]
+            for other in ([max(below)] if below else []) + ([min(above)] if above else []):
+                accepted(math.sqrt(best * other))
+    if not (chosen := least()):
         decision = exact(grounds)
-        return replace(decision, rejected={**refused, **decision.rejected}, notes=(note,))
+        reasons = dict.fromkeys(refused, NO_BETTER) if any(losses) else refused
+        return replace(decision, rejected={**reasons, **decision.rejected}, notes=("auto chose the exact shift",))
     candidate = grounds.full.candidate(chosen)  # held, so that it is not solved again
-    promise = measured(grounds, candidate)
+    promise, note = measured(grounds, candidate), f"auto chose layer residual {chosen:.3g}"
     return decided(grounds, grounds.parallel, chosen, promise, "auto", notes=(note,))
-
-
-def _least(tried: dict[float, Judged], gate: Gate) -> float:
-    losses = {residual: float(gate.deciding(judged).mean()) for residual, judged in tried.items()}
-    best = min(losses.values())
-    return min(residual for residual, loss in losses.items() if loss <= best + NO_INCREASE * abs(best))
-
-
-def _neighbours(residual: float, path: Sequence[float]) -> list[float]:
-    below = max((r for r in path if 0 < r < residual), default=None)
-    above = min((r for r in path if r > residual), default=None)
-    return [r for r in (below, above) if r is not None and residual > 0]
 
 
 @dataclass(frozen=True)
 class _Draw:
     """One batch that the gate accepted."""
 
-    size: int
     candidate: Candidate
     batch: Samples
-    verdict: Trial | None
-    judged: Judged | None
+    verdict: Trial
+    losses: NDArray[np.float64]  # that draws are ranked by, one for each held-out sample
 
 
 def stochastic(
     grounds: Grounds, size: int, classes: NDArray[np.int64], layers_for: Callable[[Samples], Layers]
 ) -> Decision:
-    """Exact shifts on class-balanced batches; the gate picks one draw, or none.
+    """Exact shifts on class-balanced batches of B samples (several sizes for 0); the gate picks one draw, or none.
 
-    Args:
-        grounds: Runs and judges; draws are of the samples that settings are tried on.
-        size: B; 0 tries several sizes.
-        classes: Class of each of these samples, from labels or from the model's own argmax, `[n]`.
-        layers_for: Captures a batch and gives its layers.
+    Draws are of the samples that settings are tried on, whose classes `[n]` are given.
 
     Raises:
         InputError: B is out of range.
@@ -255,38 +228,28 @@ def stochastic(
             if not candidate.arrays:
                 break
             if gate is None:
-                return _drawn(grounds, _Draw(batch_size, candidate, batch, None, None))
+                return _drawn(grounds, candidate, batch, None)
             verdict, after = gate.judge(candidate.arrays, f"SOS, B = {batch_size}, draw {draw + 1}", 0.0)
             if verdict.accepted:
-                found.append(_Draw(batch_size, candidate, batch, verdict, after))
-    if not found or gate is None:
+                found.append(_Draw(candidate, batch, verdict, gate.deciding(after)))
+    if not found:
         refused = [trial for trial in gate.tried if not trial.accepted] if gate else []
         moved = list(candidate.arrays)
         rejected = dict.fromkeys(moved, f"gate: every draw was rejected ({refused[-1].reason})") if refused else {}
         kept = candidate.only(name for name in candidate.solved if name not in moved)
-        return Decision(kept, Promise(0.0, "noise", samples), grounds.parallel, rejected=rejected)
-    best = min(found, key=_loss)
-    good = [draw for draw in found if draw is best or _as_good(gate, draw, best)]
+        return Decision(kept, Promise(0.0, "noise", samples), rejected=rejected)
+    best = min(found, key=lambda draw: float(draw.losses.mean()))
+    differences = [paired(draw.losses, best.losses) for draw in found]
+    good = [draw for draw, (mean, error) in zip(found, differences, strict=True) if draw is best or mean <= error]
     # The smallest batch leaves the most freedom; among its draws the best.
-    return _drawn(grounds, min(good, key=lambda draw: (draw.size, _loss(draw))))
+    taken = min(good, key=lambda draw: (len(draw.batch), float(draw.losses.mean())))
+    return _drawn(grounds, taken.candidate, taken.batch, taken.verdict)
 
 
-def _loss(draw: _Draw) -> float:
-    return draw.verdict.loss if draw.verdict else 0.0
-
-
-def _as_good(gate: Gate, draw: _Draw, best: _Draw) -> bool:
-    assert draw.judged is not None
-    assert best.judged is not None
-    mean, error = paired(gate.deciding(draw.judged), gate.deciding(best.judged))
-    return mean <= error
-
-
-def _drawn(grounds: Grounds, draw: _Draw) -> Decision:
-    deviation = grounds.bench.outputs.deviation(grounds.tried_on, draw.candidate.arrays).largest_rel()
+def _drawn(grounds: Grounds, candidate: Candidate, batch: Samples, verdict: Trial | None) -> Decision:
+    deviation = grounds.bench.outputs.deviation(grounds.tried_on, candidate.arrays).largest_rel()
     note = (
-        f"stochastic: outputs are kept on {len(draw.batch)} class-balanced samples; over all {len(grounds.tried_on)} "
-        f"that they were drawn from they deviate by {deviation:.3g}"
+        f"stochastic: outputs are kept on {len(batch)} class-balanced samples; over all {len(grounds.tried_on)} that "
+        f"they were drawn from they deviate by {deviation:.3g}"
     )
-    way = Way(f"stochastic, B = {draw.size}", lambda _: draw.candidate, lambda _: draw.candidate)
-    return Decision(draw.candidate, Promise(0.0, "noise", draw.batch), way, draw.verdict, notes=(note,))
+    return Decision(candidate, Promise(0.0, "noise", batch), verdict=verdict, notes=(note,))

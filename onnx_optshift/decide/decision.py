@@ -32,6 +32,11 @@ class Way:
     separable: bool = True  # whether some layers may be taken without the others
 
 
+def as_given(candidate: Candidate) -> Way:
+    """The way of a candidate that is not solved again."""
+    return Way("as given", lambda _: candidate, lambda _: candidate)
+
+
 @dataclass(frozen=True)
 class Grounds:
     """What decisions are made on."""
@@ -56,7 +61,7 @@ class Decision:
 
     candidate: Candidate  # shifts to write, and why others are not
     promise: Promise  # what the written file is held to
-    way: Way  # how the candidate was solved
+    way: Way | None = None  # how the candidate was solved, where another may be
     # The trial on held-out data that stands for exactly these layers; None where nothing moves or nothing was held out.
     verdict: Trial | None = None
     rejected: Mapping[str, str] = field(default_factory=dict)  # why shifts were found and not taken, by initializer

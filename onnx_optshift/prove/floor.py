@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.errors import InputError, ToleranceError
 from onnx_optshift.graph.bodies import graphs
-from onnx_optshift.prove.compare import Deviation
+from onnx_optshift.prove.compare import Deviation, OutputsDifference
 from onnx_optshift.report.model import NoiseFloor, OutputComparison, Verification
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.solve.problem import ROUNDING_UNIT
@@ -69,7 +69,7 @@ class Floor:
 
 
 def noise_floor(bench: Bench, samples: Samples, names: Collection[str], seed: int) -> Floor:
-    """The noise floor and the rounding floor of the original, for changes of these initializers; seeded directions.
+    """The noise floor and the rounding floor of the original, for changes of these initializers.
 
     Raises:
         InputError: The model has no output to compare.
@@ -127,12 +127,12 @@ def verification(results: Mapping[str, Deviation], floor: Floor, promise: Promis
     if tolerance == 0 and floor.noisy:
         raise ToleranceError(cannot_be_exact(floor))
     outputs = []
-    for name, deviation in results.items():
+    for name, found in results.items():
         bound = max(tolerance, floor.rel.get(name, 0.0))
-        passed = deviation.rel <= bound and (tolerance > 0 or deviation.max_rel <= floor.max_rel.get(name, 0.0))
+        passed = found.rel <= bound and (tolerance > 0 or found.max_rel <= floor.max_rel.get(name, 0.0))
         kind = promise.kind if bound == tolerance else "noise"
-        measured = (deviation.max_abs, deviation.max_rel, deviation.rel, deviation.top1_agreement, deviation.samples)
-        outputs.append(OutputComparison(name, *measured, bound, passed, kind))
+        figures = (found.max_abs, found.max_rel, found.rel, found.top1_agreement, found.samples)
+        outputs.append(OutputComparison(name, *figures, bound, passed, kind))
     return Verification(passed=all(o.passed for o in outputs), outputs=tuple(outputs), noise_floor=floor.noise)
 
 
@@ -197,20 +197,16 @@ def _one_ulp_away(bench: Bench, names: Collection[str], seed: int) -> dict[str, 
 
 
 def _other_batch_size(bench: Bench, samples: Samples) -> float | None:
-    """Largest `max_rel` of a few samples run one at a time instead of in batches; None where batches are fixed."""
+    """Largest `max_rel` of a few samples run one at a time instead of in batches; None where it means nothing."""
     few = samples.select(np.arange(min(OTHER_BATCH_SAMPLES, len(samples))))
-    session = bench.sessions.original()
-    together: dict[str, list[NDArray[np.float64]]] = {}
-    alone: dict[str, list[NDArray[np.float64]]] = {}
-    for into, size in ((together, len(few)), (alone, 1)):
-        for batch in few.batches(size):
-            for name, value in session.run(batch.feeds).items():
-                if not np.issubdtype(value.dtype, np.floating) or value.ndim == 0:
-                    return None
-                into.setdefault(name, []).extend(value.astype(np.float64))
-    largest = 0.0
-    for name, rows in together.items():
-        for a, b in zip(alone[name], rows, strict=False):
-            if a.shape == b.shape and np.abs(b).max(initial=0.0) > 0:
-                largest = max(largest, float(np.abs(a - b).max(initial=0.0) / np.abs(b).max(initial=0.0)))
-    return largest
+    session, difference = bench.sessions.original(), OutputsDifference()
+    together = [session.run(batch.feeds) for batch in few.batches(len(few))]
+    alone = [session.run(batch.feeds) for batch in few.batches(1)]
+    if any(not np.issubdtype(v.dtype, np.floating) or v.ndim == 0 for run in together for v in run.values()):
+        return None
+    for name in alone[0]:
+        rows = [[row for run in runs for row in run[name]] for runs in (alone, together)]
+        for a, b in zip(*rows, strict=False):  # padding has no partner
+            if a.shape == b.shape:
+                difference.update({name: a}, {name: b}, 1)
+    return max((deviation.max_rel for deviation in difference.results().values()), default=0.0)

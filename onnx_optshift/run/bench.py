@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,11 +19,16 @@ from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.weights import Skip, Weight
 from onnx_optshift.report.progress import SILENT, Progress
-from onnx_optshift.run.budget import DEFAULT_BATCH_SIZE, KEPT_OUTPUT_BYTES, Plan
+from onnx_optshift.run.budget import DEFAULT_BATCH_SIZE, KEPT_OUTPUT_BYTES
 from onnx_optshift.run.outputs import Outputs
 from onnx_optshift.run.sessions import Sessions
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.rows import Weigh, observe
+
+UNSTACKABLE = (
+    "its input inside a Loop or Scan cannot be stacked over the iterations: "
+    "its shape changes in between, or is not known to ONNX Runtime"
+)
 
 
 @dataclass(frozen=True)
@@ -41,12 +48,16 @@ class Bench:
     weights: tuple[Weight, ...]  # those that may move, in graph order
     device: Device
     sessions: Sessions
-    outputs: Outputs  # of the original and of trials
-    batch_size: int  # samples per run
-    waves: tuple[tuple[Tap, ...], ...]  # taps that are captured and solved together
-    rows: Mapping[Tap, int]  # that one sample gives each tap, where that was measured
-    progress: Progress  # where long passes report to
+    batch_size: int = DEFAULT_BATCH_SIZE  # samples per run
+    kept_bytes: int = KEPT_OUTPUT_BYTES  # of the original's outputs, in memory
+    progress: Progress = SILENT  # where long passes report to
+    waves: tuple[tuple[Tap, ...], ...] = ()  # taps that are captured and solved together: all, unless stated
+    rows: Mapping[Tap, int] = field(default_factory=dict)  # that one sample gives each tap, where that was measured
     rules: Mapping[str, Weigh] = field(default_factory=dict)  # how rows are weighed, by the name that taps give
+
+    def __post_init__(self) -> None:
+        if self.weights and not self.waves:
+            object.__setattr__(self, "waves", (self.taps,))
 
     @classmethod
     def open(
@@ -55,28 +66,21 @@ class Bench:
         weights: Sequence[Weight],
         device: Device,
         *,
-        batch_size: int = DEFAULT_BATCH_SIZE,
-        kept_bytes: int = KEPT_OUTPUT_BYTES,
         custom_op_library: str | None = None,
-        progress: Progress = SILENT,
+        **options: Any,
     ) -> Bench:
-        """A bench whose layers are captured in one wave, and which keeps so many bytes of the original's outputs."""
-        sessions = Sessions(model, device, custom_op_library)
-        outputs = Outputs(sessions, [weight.name for weight in weights], batch_size, kept_bytes)
-        waves = (taps_of(weights),) if weights else ()
-        return cls(model, tuple(weights), device, sessions, outputs, batch_size, waves, {}, progress)
+        """A bench with sessions of its own."""
+        return cls(model, tuple(weights), device, Sessions(model, device, custom_op_library), **options)
 
-    def planned(self, plan: Plan, rows: Mapping[Tap, int]) -> Bench:
-        """The same model under a plan."""
+    @cached_property
+    def outputs(self) -> Outputs:
+        """Outputs of the original and of trials."""
         names = [weight.name for weight in self.weights]
-        outputs = Outputs(self.sessions, names, plan.batch_size, plan.kept)
-        return replace(self, outputs=outputs, batch_size=plan.batch_size, waves=plan.waves, rows=rows)
+        return Outputs(self.sessions, names, self.batch_size, self.kept_bytes)
 
-    def without(self, names: set[str]) -> Bench:
+    def without(self, names: Collection[str | None]) -> Bench:
         """The same model with fewer weights that may move."""
-        weights = tuple(weight for weight in self.weights if weight.name not in names)
-        outputs = Outputs(self.sessions, [w.name for w in weights], self.batch_size, KEPT_OUTPUT_BYTES)
-        return replace(self, weights=weights, outputs=outputs, waves=(taps_of(weights),) if weights else ())
+        return replace(self, weights=tuple(w for w in self.weights if w.name not in names), waves=())
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -131,12 +135,8 @@ class Bench:
         self.sessions.original().run(first.feeds)  # what the model itself cannot run is no matter of capture
         if self._captures(looped, first):
             return ()
-        reason = (
-            "its input inside a Loop or Scan cannot be stacked over the iterations: "
-            "its shape changes in between, or is not known to ONNX Runtime"
-        )
         return tuple(
-            Skip(weight.name, weight.uses[0].node, weight.uses[0].op_type, reason)
+            Skip(weight.name, weight.uses[0].node, weight.uses[0].op_type, UNSTACKABLE)
             for weight in looped
             if not self._captures([weight], first)
         )

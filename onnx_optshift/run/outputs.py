@@ -23,20 +23,13 @@ Values = dict[str, NDArray[Any]]
 
 
 class Outputs:
-    """Runs the original and trials on data.
-
-    Args:
-        sessions: Of the model.
-        names: Initializers that trials may replace.
-        batch_size: Samples per run.
-        kept_bytes: Outputs of the original that may stay in memory, over all sets of samples together.
-    """
+    """Runs the original, and trials of other contents of the initializers named, on data."""
 
     def __init__(self, sessions: Sessions, names: Sequence[str], batch_size: int, kept_bytes: int) -> None:
         self._sessions = sessions
         self._names = tuple(names)
         self._batch_size = batch_size
-        self._room = kept_bytes
+        self._room = kept_bytes  # for outputs of the original, over all sets of samples together
         # By fingerprint, the least recently used first.
         self._kept: OrderedDict[str, list[Values]] = OrderedDict()
 
@@ -58,13 +51,13 @@ class Outputs:
         for batch in batches:
             outputs = self._run(batch)
             held += _bytes(outputs)
-            if held <= self._room:
+            if held <= self._room and not self._sessions.large:
+                self._make_room(held)
                 found.append(outputs)
             else:
                 found.clear()
             yield batch, outputs
-        if held <= self._room and not self._sessions.large:
-            self._make_room(held)
+        if found:
             self._kept[samples.fingerprint] = found
 
     def trial(self, samples: Samples, arrays: Arrays) -> Iterator[tuple[Batch, Values, Values]]:

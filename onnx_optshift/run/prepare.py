@@ -110,7 +110,7 @@ def prepare(
             return Prepared(source, bench, tuple(skips), None, settings, reads=tuple(heldout or ()))
         samples = _made_up(bench, source, settings)
     unreached = bench.unstackable(samples)
-    bench = bench.without({skip.weight for skip in unreached if skip.weight is not None}) if unreached else bench
+    bench = bench.without({skip.weight for skip in unreached})
     data = arrange(source, samples, heldout, settings)
     mask = find_mask(bench, samples, settings.row_mask)
     notes: tuple[str, ...] = ()
@@ -136,7 +136,8 @@ def prepare(
         apart=bench.sessions.large,
     )
     plan = make_plan(costs, bench.weights, settings.batch_size, Budget.of(settings.max_memory, device.solve))
-    bench = bench.planned(plan, measured.rows)
+    size, kept, waves = plan.batch_size, plan.kept, plan.waves
+    bench = replace(bench, batch_size=size, kept_bytes=kept, waves=waves, rows=measured.rows)
     note = bench.sessions.original().note
     data = _warned(data, note) if note else data
     reads = (*sources, *(heldout or ()))
@@ -210,7 +211,6 @@ def _warned(data: Data, warning: str) -> Data:
 def _made_up(bench: Bench, model: ModelFile, settings: Settings) -> Samples:
     """Seeded random inputs, enough for the widest layer."""
     one = synthetic(input_specs(model), 1, settings.seed)
-    unreached = {skip.weight for skip in bench.unstackable(one)}
-    rows = bench.without({name for name in unreached if name is not None}).measure(one).rows
+    rows = bench.without({skip.weight for skip in bench.unstackable(one)}).measure(one).rows
     needed = max((-(-SYNTHETIC_ROWS_PER_WIDTH * tap.width // count) for tap, count in rows.items()), default=1)
     return synthetic(input_specs(model), max(FEWEST_SYNTHETIC, needed), settings.seed)

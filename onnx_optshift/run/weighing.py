@@ -23,7 +23,7 @@ from onnx_optshift.calibration.source import Batch, Samples
 from onnx_optshift.capture.stream import stream
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
-from onnx_optshift.run.bench import Bench, taps_of
+from onnx_optshift.run.bench import Bench
 from onnx_optshift.solve.finish import as_matrix
 from onnx_optshift.stats.rows import to_rows
 
@@ -134,7 +134,7 @@ def weighed(bench: Bench, rows: Mapping[str, Rows]) -> Bench:
         return replace(weight, uses=uses)
 
     weights = tuple(map(by_rule, bench.weights))
-    return replace(bench, weights=weights, waves=(taps_of(weights),) if weights else (), rules=rules)
+    return replace(bench, weights=weights, waves=(), rules=rules)
 
 
 def _sharing(weights: Sequence[Weight], rows: Mapping[str, Rows]) -> list[list[Weight]]:
