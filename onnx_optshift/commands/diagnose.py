@@ -33,18 +33,12 @@ def diagnose(
     probes: int = DEFAULT_PROBES,
     progress: Progress = SILENT,
 ) -> Report:
-    """Measures whether the method's conditions hold, and what a shift at the given tolerance would do to flatness.
+    """Measures whether the method's conditions hold, and what a shift at a tolerance would do to flatness.
 
-    Args:
-        model: Path of an ONNX file, or a ModelProto.
-        calibration: Sources of calibration data; None looks beside the model.
-        heldout: Sources of held-out data, as for the pass.
-        settings: `tolerance` (a number) is that of the shift whose flatness stands beside the original's.
-        probes: Random directions for each layer; 0 leaves flatness out.
-        progress: Where long passes report to.
+    Flatness takes so many random directions for each layer; 0 leaves it out.
 
     Raises:
-        InputError: The model, the data or a setting cannot be used.
+        InputError: There is no data.
     """
     clock = Clock(progress)
     with progress.stage("preparation"):

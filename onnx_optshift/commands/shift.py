@@ -71,19 +71,8 @@ def run(
 ) -> Result:
     """The whole pass; writes OUT unless it is None or the run is dry.
 
-    Args:
-        model: Path of an ONNX file, or a ModelProto.
-        out: Where the shifted model goes; None keeps it in a temporary file.
-        calibration: Sources of calibration data; None looks beside the model, and makes random inputs otherwise.
-        heldout: Sources of held-out data; `["none"]` for no gate, None to split some off.
-        settings: All choices.
-        progress: Where long passes report to.
-        reports: Files that the caller is going to write.
-
-    Raises:
-        InputError: The model, the data or a setting cannot be used, or OUT would cost a file.
-        DeviceError: The device is not available.
-        ToleranceError: The outputs left the tolerance and backing off did not help.
+    Without calibration data it is looked for beside the model, and made up otherwise; without held-out data some is
+    split off, unless that is `["none"]`. `reports` are files that the caller is going to write.
     """
     clock = Clock(progress)
     output = None if settings.dry_run else out

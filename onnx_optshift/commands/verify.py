@@ -38,18 +38,13 @@ def verify(
     *,
     baseline: Sequence[object] | None = None,
 ) -> Report:
-    """Compares the outputs of two models, and the outputs of each layer whose weight differs.
+    """Compares the outputs of two models on some data, and those of each layer whose weight differs.
 
-    Args:
-        original: The model that the other is held against.
-        changed: The other model; same inputs and outputs.
-        calibration: The data; None looks beside the original.
-        settings: `tolerance` is what the outputs may deviate by; 0 asks for equality within the noise floor.
-        progress: Where long passes report to.
-        baseline: Sources of the calibration data, whose drift is to stand beside that of the data.
+    At tolerance 0 they must be equal within the noise floor. `baseline` are sources of the calibration data, whose
+    drift is to stand beside that of the data.
 
     Raises:
-        InputError: A model or the data cannot be used.
+        InputError: A file or the data is missing.
     """
     clock = Clock(progress)
     with progress.stage("preparation"):
