@@ -185,7 +185,7 @@ DIAGNOSIS = Diagnosis(
         ),
     ),
     Collapse("fc2.weight", 10, 200, {"0": 20, "1": 180}, 0.85, 0.11, 0.22, 0.33, 0.44, 0.153),
-    (LayerRank("fc1.weight", 64, 1000, 61, 60, 33.3, 2.5),),
+    (LayerRank("fc1.weight", 64, 1000, 61, 60, 4, 33.3, 2.5),),
 )
 DRIFT = Drift(
     figure=0.043,

@@ -19,7 +19,7 @@ from onnx_optshift.report.terminal import render
 from onnx_optshift.settings import Settings
 
 MODELS = Path(__file__).parents[1] / "models"
-RANK = LayerRank("fc", d=64, rows=1000, rank=60, needed=60, effective=30.0, stable=2.0)
+RANK = LayerRank("fc", d=64, rows=1000, rank=60, needed=60, free=4, effective=30.0, stable=2.0)
 FEATURES = Collapse("fc", 10, 1000, {str(k): 100 for k in range(10)}, 0.05, 0.1, 0.1, 0.1, 0.5, 0.01)
 GOOD = Conditions(
     ranks=(RANK,),
@@ -33,7 +33,7 @@ GOOD = Conditions(
     judges=500,
     judges_given=True,
 )
-FULL = replace(RANK, rank=64, needed=64)
+FULL = replace(RANK, rank=64, needed=64, free=0)
 
 
 def test_everything_in_order_is_a_go():

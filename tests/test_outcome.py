@@ -1,5 +1,6 @@
 """The summary says what became of the layers: one sentence for each way in which a run can end."""
 
+import io
 import re
 from dataclasses import replace
 
@@ -7,11 +8,14 @@ import numpy as np
 import onnx
 import pytest
 import tiny_models as tiny
+from rich.console import Console
 
 from onnx_optshift import api
 from onnx_optshift.commands import publish, shift
 from onnx_optshift.commands.verify import verify
 from onnx_optshift.decide.gate import Gate
+from onnx_optshift.errors import InputError
+from onnx_optshift.report.terminal import render
 from onnx_optshift.settings import Settings
 
 TEXT = "g (float[N,8] x) => (float[N,3] y) { h = MatMul(x, W1)  r = Relu(h)  y = MatMul(r, W2) }"
@@ -151,6 +155,49 @@ def test_layers_that_were_put_back_stand_beside_those_that_were_not(monkeypatch)
     )
     (back,) = [layer for layer in report.layers if layer.status == "rejected"]
     assert report.verification.reverted == (back.name,)
+
+
+def nan_column():
+    """A model whose first answer is NaN on all data, and whose first layer has freedom all the same."""
+    weight = tiny.weight(6, 3)
+    weight[0, 0] = np.nan
+    return model(W2=weight)
+
+
+@pytest.mark.parametrize("tolerance", [0.0, 0.05])
+def test_what_is_not_finite_in_both_models_is_not_said_to_agree(tolerance):
+    report = api.shift(nan_column(), data(1), heldout="none", device="cpu", tolerance=tolerance).report
+    (output,) = report.verification.outputs
+    assert output.nonfinite == output.samples == 40
+    assert output.top1_agreement is None
+    assert report.summary.startswith("1 of 1 layers shifted; ")
+    assert report.summary.endswith(
+        " Output 'y' is not finite on 40 samples, and was not compared there. "
+        "1 layer whose weight holds NaN or infinity."
+    )
+
+
+def test_a_model_that_gives_nothing_but_nan_is_refused_with_the_cause(tmp_path):
+    broken_at_the_end = model(W2=np.full((6, 3), np.nan, np.float32))
+    with pytest.raises(InputError, match=r"NaN or infinity is all that output 'y' has.*Nothing was written.*inspect"):
+        api.shift(broken_at_the_end, data(1), heldout="none", device="cpu")
+
+
+def test_directions_of_groups_are_counted_over_all_of_them():
+    """Of nine groups one gets data, and that has one direction: not "0/9", nor "9 free"."""
+    image = np.zeros((40, 9, 6, 6), np.float32)
+    image[:, 0] = tiny.weight(40, 1, 1)
+    depthwise = tiny.model(
+        "g (float[N,9,6,6] x) => (float[N,9,4,4] y) { y = Conv<group=9>(x, W) }", {"W": tiny.weight(9, 1, 3, 3)}
+    )
+    report = api.diagnose(depthwise, {"x": image}, probes=0, device="cpu")
+    (layer,), (rank,) = report.layers, report.collapse.layers
+    assert (layer.rank, layer.free, layer.d, layer.groups) == (1, 80, 9, 9)
+    assert (rank.rank, rank.needed, rank.free) == (1, 1, 80)
+    text = io.StringIO()
+    render(report, Console(file=text, width=200, highlight=False))
+    assert " 1/81 " in text.getvalue()
+    assert "80 free directions in 1 of 1 layers" in text.getvalue()
 
 
 def test_made_up_data_is_said_in_the_sentence():

@@ -46,5 +46,5 @@ def _summary(layers: Sequence[LayerReport]) -> str:
     skipped = len(layers) - len(candidates)
     if not any(layer.rank is not None for layer in candidates):
         return f"{len(candidates)} layers, {skipped} skipped; which of them have freedom, calibration data would tell."
-    free = [layer for layer in candidates if layer.rank is not None and layer.d and layer.rank < layer.d]
+    free = [layer for layer in candidates if layer.free]
     return f"{len(candidates)} layers, {len(free)} with freedom, {skipped} skipped."

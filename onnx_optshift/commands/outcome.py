@@ -29,9 +29,9 @@ def shift_summary(layers: Sequence[LayerReport], proof: Verification | None, whe
     shifted = sum(layer.status == "shifted" for layer in layers)
     candidates = sum(layer.status != "skipped" for layer in layers)
     if shifted:
-        rest = [layer for layer in layers if layer.status == "rejected"]
+        rest = [layer for layer in layers if layer.status == "rejected" or _broken(layer)]
         kept = f" {_kept(rest)}." if rest else ""
-        return f"{shifted} of {candidates} layers shifted; {_proved(proof)}{where}.{kept}"
+        return f"{shifted} of {candidates} layers shifted; {_proved(proof)}{where}.{_blind(proof)}{kept}"
     end = "The model was written unchanged." if written else "No model was written."
     if not layers:
         return f"Nothing to do: the model has no linear layer with a constant weight. {end}"
@@ -47,7 +47,7 @@ def pair_summary(proof: Verification, differing: int) -> str:
     weights = f"{differing} weight{'' if differing == 1 else 's'} differ{'s' if differing == 1 else ''}"
     worst = max((output.rel for output in proof.outputs), default=0.0)
     verdict = "match within their bounds" if proof.passed else "do not match"
-    return f"The outputs {verdict} (largest relative deviation {worst:.2g}); {weights}."
+    return f"The outputs {verdict} (largest relative deviation {worst:.2g}); {weights}.{_blind(proof)}"
 
 
 def judge(report: Report) -> None:
@@ -73,12 +73,21 @@ def judge(report: Report) -> None:
         raise ToleranceError(f"verify: outputs of the two models differ: {names or 'nothing was compared'}.")
 
 
+def _blind(proof: Verification | None) -> str:
+    """What could not be compared, a sentence for each output."""
+    return "".join(
+        f" Output {output.name!r} is not finite on {output.nonfinite} samples, and was not compared there."
+        for output in (proof.outputs if proof else ())
+        if output.nonfinite
+    )
+
+
 def _kept(layers: Sequence[LayerReport]) -> str:
     """Layers that kept their weight, counted by cause."""
     counts: Counter[str] = Counter()
     examples: dict[str, str] = {}
     for layer in layers:
-        if layer.status == "skipped" and layer.rows is None:
+        if layer.status == "skipped" and not _broken(layer):
             continue
         words = next((words for start, words in _KEPT if layer.reason.startswith(start)), "{} left alone")
         counts[words] += 1
@@ -88,6 +97,11 @@ def _kept(layers: Sequence[LayerReport]) -> str:
         words.format(_number(count)) + (f" ({examples[words]})" if words in examples else "")
         for words, count in counts.most_common()
     )
+
+
+def _broken(layer: LayerReport) -> bool:
+    """Whether a layer is skipped for what is in its weight or its inputs, not for what it is."""
+    return layer.status == "skipped" and layer.rows is not None
 
 
 def _skips(layers: Sequence[LayerReport]) -> str:

@@ -62,7 +62,7 @@ def layer_by_layer(bench: Bench, layers: Layers, samples: Samples, residual: flo
 def _solve(bench: Bench, layers: Layers, samples: Samples, weight: Weight, residual: float, arrays: Arrays) -> Solved:
     moved, cross = _capture_moved(bench, weight, samples, arrays)
     original = layers.solve(weight, residual)
-    if moved.nonfinite or moved.rows == 0 or not original.shift.norm_before:
+    if moved.nonfinite or moved.rows == 0 or layers.blocked(weight) or not original.shift.norm_before:
         return original
     matrix = layers.matrix(weight)
     spectrum = factor(moved)

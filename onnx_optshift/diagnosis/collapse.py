@@ -179,12 +179,14 @@ def answers(
 
 def layer_rank(weight: Weight, facts: LayerFacts, spectrum: Spectrum) -> LayerRank:
     """Directions that a layer's input uses."""
+    met = int((spectrum.eigenvalues > 0).sum())
     return LayerRank(
         name=weight.name,
         d=weight.d,
         rows=facts.rows,
-        rank=int((spectrum.eigenvalues > 0).sum(-1).min()),
+        rank=max(met // weight.groups, min(met, 1)),
         needed=facts.rank,
+        free=facts.free,
         effective=effective_rank(spectrum),
         stable=stable_rank(spectrum),
     )

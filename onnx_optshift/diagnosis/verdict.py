@@ -96,10 +96,10 @@ def _present(conditions: Conditions, classes: int) -> Check:
 
 
 def _freedom(conditions: Conditions) -> Check:
-    free = sum(rank.d - rank.needed for rank in conditions.ranks)
+    free = sum(rank.free for rank in conditions.ranks)
     whole = sum(norm for norm, _ in conditions.gains)
     share = sum(norm * ratio for norm, ratio in conditions.gains) / whole if whole else 1.0
-    layers = sum(rank.needed < rank.d for rank in conditions.ranks)
+    layers = sum(rank.free > 0 for rank in conditions.ranks)
     nothing = "Nothing to gain: training (weight decay) has already taken what the norm could give."
     return _check(
         "freedom exists",

@@ -6,8 +6,9 @@ Definitions, for an output y and its reference r, both read as float64:
 * `max_rel`: the largest, over samples, of (largest |y - r| in the sample) / (largest |r| in the sample).
 * `rel`: ||y - r||_F / ||r||_F over all samples. Tolerances are stated in this.
 
-A value that is NaN or infinite must be so in both; otherwise the deviation is infinite. Outputs that are not numbers
-(strings) count as 0 where equal and 1 where not.
+A value that is NaN or infinite must be so in both; otherwise the deviation is infinite. NaN in both shows nothing:
+samples with it are counted as not compared, and their rows have no argmax. Outputs that are not numbers (strings) count
+as 0 where equal and 1 where not.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class Deviation:
     max_rel: float
     rel: float
     top1_agreement: float | None  # share of rows with the same argmax over the last axis; None where there is none
-    samples: int  # compared
+    samples: int  # run
+    nonfinite: int  # of them, with values that could not be compared
+    compared: bool  # whether any value was
 
 
 @dataclass
@@ -47,6 +50,8 @@ class OutputDifference:
     agreeing: int = 0
     ranked: int = 0
     samples: int = 0
+    nonfinite: int = 0
+    compared: bool = False
 
     def update(self, value: NDArray[Any], reference: NDArray[Any], samples: int) -> None:
         """Adds one batch of outputs `[samples, ...]`; of any other shape it is one sample."""
@@ -56,6 +61,7 @@ class OutputDifference:
             return
         self.samples += samples
         if value.shape != reference.shape:
+            self.compared = True
             self.max_abs = self.max_rel = self.squared_difference = math.inf
             return
         y, r = _numbers(value, reference)
@@ -64,8 +70,14 @@ class OutputDifference:
         difference = np.where(np.isnan(difference), np.inf, difference)
         finite = np.where(np.isfinite(r), r, 0.0)
         if difference.size == 0:
+            self.compared = True
             return
         rows = samples if r.ndim > 0 and r.shape[0] == samples else 1
+        nothing = np.isnan(y) & np.isnan(r)
+        unclear = nothing | (np.isinf(r) & (difference == 0))
+        lost = nothing.reshape(rows, -1).any(axis=1) | unclear.reshape(rows, -1).all(axis=1)
+        self.nonfinite += int(lost.sum()) if rows == samples else samples * bool(lost[0])
+        self.compared |= not bool(unclear.all())
         worst = difference.reshape(rows, -1).max(axis=1)
         scale = np.abs(finite).reshape(rows, -1).max(axis=1)
         relative = np.divide(worst, scale, out=np.where(worst > 0, np.inf, 0.0), where=scale > 0)
@@ -74,7 +86,7 @@ class OutputDifference:
         self.squared_difference += float(np.square(difference).sum())
         self.squared_reference += float(np.square(finite).sum())
         if r.ndim >= 2 and r.shape[-1] >= 2 and np.issubdtype(reference.dtype, np.floating):
-            same = y.argmax(axis=-1) == r.argmax(axis=-1)
+            same = (y.argmax(axis=-1) == r.argmax(axis=-1))[~np.isnan(r).any(axis=-1)]
             self.agreeing += int(same.sum())
             self.ranked += same.size
 
@@ -85,7 +97,8 @@ class OutputDifference:
         else:
             rel = math.inf if self.squared_difference > 0 else 0.0
         agreement = self.agreeing / self.ranked if self.ranked else None
-        return Deviation(self.max_abs, self.max_rel, rel, agreement, self.samples)
+        figures = (self.max_abs, self.max_rel, rel, agreement, self.samples)
+        return Deviation(*figures, self.nonfinite, self.compared)
 
 
 @dataclass
@@ -102,6 +115,7 @@ class OutputsDifference:
                 entry.update(values[name], references[name], samples)
             else:
                 entry.max_abs = entry.max_rel = entry.squared_difference = math.inf
+                entry.compared = True
 
     def results(self) -> dict[str, Deviation]:
         """Deviation by output name."""

@@ -118,11 +118,18 @@ def verification(results: Mapping[str, Deviation], floor: Floor, promise: Promis
     """Holds measured deviations, by output on all data that a promise covers, against the bounds.
 
     Raises:
-        InputError: Nothing was compared.
+        InputError: Nothing was compared, of an output at least.
         ToleranceError: Exactness was promised, and cannot be shown on this model.
     """
     if not results or all(deviation.samples == 0 for deviation in results.values()):
         raise InputError("verification: no output was compared on any sample. Give calibration data.")
+    blind = ", ".join(repr(name) for name, found in results.items() if found.samples and not found.compared)
+    if blind:
+        raise InputError(
+            f"verification: NaN or infinity is all that output {blind} has, of the original model too, so that nothing "
+            "can be proved. Nothing was written. (a) A weight or the calibration data has NaN: see inspect for the "
+            "layers. (b) The model overflows. Repair the model, or give other data with --calib."
+        )
     tolerance = promise.tolerance
     if tolerance == 0 and floor.noisy:
         raise ToleranceError(cannot_be_exact(floor))
@@ -132,7 +139,7 @@ def verification(results: Mapping[str, Deviation], floor: Floor, promise: Promis
         passed = found.rel <= bound and (tolerance > 0 or found.max_rel <= floor.max_rel.get(name, 0.0))
         kind = promise.kind if bound == tolerance else "noise"
         figures = (found.max_abs, found.max_rel, found.rel, found.top1_agreement, found.samples)
-        outputs.append(OutputComparison(name, *figures, bound, passed, kind))
+        outputs.append(OutputComparison(name, *figures, bound, passed, kind, found.nonfinite))
     return Verification(passed=all(o.passed for o in outputs), outputs=tuple(outputs), noise_floor=floor.noise)
 
 

@@ -82,8 +82,9 @@ class LayerRank:
     name: str  # the initializer
     d: int  # width of the input
     rows: int  # calibration rows
-    rank: int  # directions that rounding can tell from nothing: of the group that has fewest
-    needed: int  # directions that matter to the output at its dtype's rounding unit; d - needed are free
+    rank: int  # directions that rounding can tell from nothing; with groups their mean, rounded down, and 1 at least
+    needed: int  # directions that matter to the output at its dtype's rounding unit, likewise
+    free: int  # directions that do not, over all groups
     effective: float  # exp of the entropy of the singular values' shares (Roy and Vetterli 2007); mean over groups
     stable: float  # ||A||_F² / ||A||_2²; mean over groups
 

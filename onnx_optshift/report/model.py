@@ -100,7 +100,8 @@ class LayerReport:
     m: int | None = None  # output width
     groups: int | None = None  # independent problems in one weight: the groups of a convolution
     rows: int | None = None  # calibration rows that met it
-    rank: int | None = None  # input directions that matter, of the group that has fewest; d - rank are free
+    rank: int | None = None  # input directions that matter; with groups their mean, rounded down, and 1 at least
+    free: int | None = None  # input directions that do not, over all groups
     tolerance: float | None = None  # residual that the layer was allowed
     norm_before: float | None = None
     norm_after: float | None = None
@@ -133,6 +134,7 @@ class OutputComparison:
     bound: float  # what `rel` may be at most
     passed: bool
     bound_kind: str = "noise"  # where the bound comes from: "noise", "tolerance" or "measured"
+    nonfinite: int = 0  # samples with NaN in both, or nothing but infinity: not compared there
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ def _result(report: Report) -> Section:
 def _counted(report: Report, layers: Sequence[LayerReport]) -> Fact:
     skipped = len(report.layers) - len(layers)
     label = {"shift": "layers shifted", "verify": "layers that differ"}.get(report.command, "layers with freedom")
-    free = sum(layer.rank is not None and layer.d is not None and layer.rank < layer.d for layer in layers)
+    free = sum(bool(layer.free) for layer in layers)
     shifted = sum(layer.status == "shifted" for layer in layers)
     count = shifted if report.command in {"shift", "verify"} else free
     return Fact(label, f"{count} of {len(layers)}", f"{skipped} more skipped" if skipped else "")
@@ -172,10 +172,10 @@ def _layers(report: Report) -> Section:
         ])
     titles = ["layer", "operator", "d x m", "rank/d", name, "residual", "largest rows", "status"]
     note = (
-        "d x m: inputs and outputs. Rank: input directions that the data uses; the rest are free. A line shows how "
-        "strongly it uses them, strongest first, on a logarithmic scale down to 1e-6 of the strongest, with the rank "
-        "dashed: a cliff there means that rank and freedom are clear-cut, a slope that they would change with the "
-        "data. Residual: relative change of the layer's own output. Largest rows: share of the output's energy in 1 % "
+        "d x m: inputs and outputs. Rank: input directions that the data uses, over all groups; the rest are free. A line "
+        "shows how strongly it uses them, strongest first, on a logarithmic scale down to 1e-6 of the strongest, with "
+        "the rank dashed: a cliff there means that rank and freedom are clear-cut, a slope that they would change with "
+        "the data. Residual: relative change of the layer's own output. Largest rows: share of the output's energy in 1 % "
         "of the rows; far above 1 %, errors must count relative to each row, as --row-weighting relative has it."
     )
     by_reason: dict[str, list[str]] = {}
@@ -191,8 +191,10 @@ def _rank(layer: LayerReport) -> Cell:
     """The rank, with the spectrum where that has an end to look at."""
     if layer.rank is None or layer.d is None:
         return layer.rank
-    curve = layer.spectrum if layer.rank < layer.d and finite(*layer.spectrum) else ()
-    return drawn(f"{layer.rank}/{layer.d}", curve=curve, mark=layer.rank / layer.d)
+    whole = layer.d * (layer.groups or 1)  # of groups together: of most of them, some may have none
+    used = layer.rank if layer.free is None else whole - layer.free
+    curve = layer.spectrum if used < whole and finite(*layer.spectrum) else ()
+    return drawn(f"{used}/{whole}", curve=curve, mark=used / whole)
 
 
 def _frontier(report: Report) -> Section | None:

@@ -22,7 +22,8 @@ class LayerFacts:
     """What a layer's statistics say before anything is solved, of its weight V `[g, d, m]`."""
 
     rows: int  # calibration rows that met it
-    rank: int  # directions of the input that matter, mean over groups, rounded down; d - rank are free
+    rank: int  # directions of the input that matter, mean over groups, as `Coordinates.rank`
+    free: int  # directions that do not, over all groups
     norm: float  # ‖V‖_F
     largest: float  # largest absolute weight
     figure: float  # the objective's headline figure

@@ -217,6 +217,7 @@ class Layers:
         return LayerFacts(
             self.moments(weight).rows,
             coordinates.rank,
+            coordinates.free,
             original.norm_before,
             original.range_before,
             self.objective.measure(problem, problem.matrix),

@@ -70,7 +70,7 @@ class Shift:
     Attributes:
         matrix: W `[g, d, m]`, float64; V itself when the outcome is not one that moves.
         outcome: How the solver ended.
-        rank: Directions kept, mean over groups, rounded down.
+        rank: Directions kept, mean over groups, as `Coordinates.rank`.
         norm_before: ‖V‖_F.
         norm_after: ‖W‖_F.
         predicted_residual: ‖A(W - V)‖_F / ‖AV‖_F (or / the scale that was given), from the eigenvalues.

@@ -131,13 +131,19 @@ class Coordinates:
 
     @property
     def rank(self) -> int:
-        """Directions kept, mean over groups, rounded down: d only where every group keeps all of them."""
-        return int(self.kept.sum()) // max(1, self.kept.shape[0])
+        """Directions kept, mean over groups, rounded down; but at least 1 where any is kept."""
+        kept = int(self.kept.sum())
+        return max(kept // max(1, self.kept.shape[0]), min(kept, 1))
+
+    @property
+    def free(self) -> int:
+        """Directions that are not kept, over all groups."""
+        return self.kept.shape[0] * self.spectrum.width - int(self.kept.sum())
 
     @property
     def full_rank(self) -> bool:
         """Whether every group keeps all d directions, so that A W = A V has only one solution."""
-        return self.rank == self.spectrum.width
+        return self.free == 0
 
     @property
     def total(self) -> float:
