@@ -15,10 +15,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import TextIOWrapper
+from itertools import chain
 from typing import TYPE_CHECKING, Never
 
 from onnx_optshift import journal
 from onnx_optshift.arguments import parse
+from onnx_optshift.commands.places import check_places
 from onnx_optshift.errors import InputError, OptShiftError
 from onnx_optshift.isolation import INTERRUPTED, drain, run_isolated, say
 from onnx_optshift.options import DIAGNOSE, INSPECT, PROBES, SHIFT, VERIFY
@@ -63,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parsed(words)
         args.command_line = shlex.join(["python", "-m", "onnx_optshift", *words])
+        check_places(None, args.report, _reads(args), force=False)
         with _quiet_libraries(args.log_level, verbose=args.verbose):
             _COMMANDS[args.command](args)
     except SystemExit as stop:
@@ -86,6 +89,13 @@ def _parsed(words: list[str]) -> argparse.Namespace:
         with _printing():
             sys.stdout.flush()
         raise
+
+
+def _reads(args: argparse.Namespace) -> list[object]:
+    """What the command line names to be read."""
+    models = args.files[:1] if args.command == SHIFT else args.files
+    sources = (getattr(args, name, None) or () for name in ("calibration", "heldout", "baseline"))
+    return [*models, *chain.from_iterable(sources)]
 
 
 def _explained(error: Exception, *, verbose: bool) -> str:

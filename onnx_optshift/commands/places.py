@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 
 from onnx_optshift.errors import InputError
+from onnx_optshift.write.atomic import system_errors
 
 # The tag of a model's first field, the IR version: no other file that is likely to lie here begins with this byte.
 _MODEL_START = b"\x08"
@@ -54,6 +55,6 @@ def _same(path: Path, source: object) -> bool:
 
 
 def _is_model(path: Path) -> bool:
-    with path.open("rb") as file:
+    with system_errors(path), path.open("rb") as file:
         start = file.read(1)
     return start in {b"", _MODEL_START}

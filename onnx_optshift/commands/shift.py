@@ -80,7 +80,8 @@ def run(
         check_target(output)  # before the work, not after it
     with progress.stage("preparation"):
         prepared = prepare(model, settings, calibration, heldout, make_up=True, progress=progress)
-    check_places(output, reports, [*prepared.reads, settings.custom_op_library], force=settings.force)
+    reads = [*prepared.reads, *prepared.model.data_files, settings.custom_op_library]
+    check_places(output, reports, reads, force=settings.force)
     off = (GATE_OFF,) if heldout and list(heldout) == [NO_HELDOUT] and prepared.data is not None else ()
     with ExitStack() as stack:
         target = output or _hidden(stack, prepared)

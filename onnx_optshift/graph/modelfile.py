@@ -138,6 +138,11 @@ class ModelFile:
         finally:
             G_LOGGER.severity = severity
 
+    @property
+    def data_files(self) -> set[Path]:
+        """Files beside the model that hold its external tensors."""
+        return {locate(tensor, self.folder).path for tensor in all_tensors(self.proto) if is_external(tensor)}
+
     def tensor(self, name: str) -> onnx.TensorProto:
         """One of `tensors`.
 
