@@ -15,8 +15,7 @@ import pytest
 from onnx_optshift.arguments import COMMANDS, parse
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-WITH_COMMANDS = [path for path in DOCUMENTS if "```bash\n" in path.read_text(encoding="utf-8")]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What sets up an environment is tested by setting one up, in CI.
 SET_UP = re.compile(r"\bpip install\b|-m venv\b|\.ci/run\b")
 
@@ -29,6 +28,9 @@ def command_lines(path):
     """Every command line of a document that does not set up an environment."""
     lines = [line for block in bash_blocks(path.read_text(encoding="utf-8")) for line in block.splitlines()]
     return [line for line in lines if line.strip() and not line.startswith("#") and not SET_UP.search(line)]
+
+
+WITH_COMMANDS = [path for path in DOCUMENTS if command_lines(path)]
 
 
 def name_of(path):
@@ -58,10 +60,18 @@ def test_translations_show_the_same_commands_and_figures(path):
         assert found[0]
 
 
+def headings(path):
+    """Anchors of a document's headings, as they are made on the web: lower case, no signs, dashes for spaces."""
+    titles = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_links_lead_somewhere(path):
-    targets = re.findall(r"\]\((?!https?://)([^)#]+)\)", path.read_text(encoding="utf-8"))
-    assert [target for target in targets if not (path.parent / target).exists()] == []
+    links = re.findall(r"\]\((?!https?://)([^)#]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8"))
+    found = [(path.parent / target if target else path, place) for target, place in links]
+    assert [target for target, _ in found if not target.exists()] == []
+    assert [(target, place) for target, place in found if place and place not in headings(target)] == []
 
 
 def test_set_up_is_told_from_use():
@@ -120,6 +130,17 @@ def test_commands_run_in_order(path, clone):
     assert printed
     if path.name == "guide.md":
         assert {"shifted.onnx", "shifted.html", "shifted.json", "narrow-int8.onnx"} <= {p.name for p in clone.iterdir()}
+
+
+@pytest.mark.slow
+def test_the_readmes_program_runs(clone):
+    (program,) = re.findall(
+        r"^```python\n(.*?)^```", DOCUMENTS[0].read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "layers" in done.stdout
+    assert (clone / "out.onnx").exists()
 
 
 @pytest.mark.slow
