@@ -172,11 +172,12 @@ def _layers(report: Report) -> Section:
         ])
     titles = ["layer", "operator", "d x m", "rank/d", name, "residual", "largest rows", "status"]
     note = (
-        "d x m: inputs and outputs. Rank: input directions that the data uses, over all groups; the rest are free. A line "
-        "shows how strongly it uses them, strongest first, on a logarithmic scale down to 1e-6 of the strongest, with "
-        "the rank dashed: a cliff there means that rank and freedom are clear-cut, a slope that they would change with "
-        "the data. Residual: relative change of the layer's own output. Largest rows: share of the output's energy in 1 % "
-        "of the rows; far above 1 %, errors must count relative to each row, as --row-weighting relative has it."
+        "d x m: inputs and outputs. Rank: input directions that the data uses, over all groups; the rest are free. A "
+        "line shows how strongly it uses them, strongest first, on a logarithmic scale down to 1e-6 of the strongest, "
+        "with the rank dashed: a cliff there means that rank and freedom are clear-cut, a slope that they would change "
+        "with the data. Residual: relative change of the layer's own output. Largest rows: share of the output's "
+        "energy in 1 % of the rows; far above 1 %, errors must count relative to each row, as --row-weighting relative "
+        "has it."
     )
     by_reason: dict[str, list[str]] = {}
     for layer in report.layers:
