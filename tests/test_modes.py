@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from onnx_optshift import shift
+from onnx_optshift.commands import publish
 from onnx_optshift.decide.decision import UNJUDGED
 from onnx_optshift.decide.gate import Gate
 from onnx_optshift.solve import quant_range
@@ -137,15 +138,55 @@ def test_modes_without_a_gate(mode):
     assert report.heldout_result is None
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_held_out_result_is_that_of_the_weights_in_the_file(mode):
-    """Judged again from the written file, by a gate that has seen nothing."""
-    heldout = data(2, 40, 3)
-    result = shift(model(), data(1, 40, 3), heldout=heldout, device="cpu", **MODES[mode])
+def assert_held_out_result_is_of_the_file(result, heldout):
+    """Judged again from the written file, by an independent session."""
     before, after = (np.log(_odds(m, heldout)).mean() for m in (model().SerializeToString(), result.path.read_bytes()))
     held = result.report.heldout_result
     assert held.before.loss == pytest.approx(-before, rel=1e-5)
     assert held.after.loss == pytest.approx(-after, rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_held_out_result_is_that_of_the_weights_in_the_file(mode):
+    heldout = data(2, 40, 3)
+    result = shift(model(), data(1, 40, 3), heldout=heldout, device="cpu", **MODES[mode])
+    assert_held_out_result_is_of_the_file(result, heldout)
+
+
+@pytest.mark.parametrize("mode", ["exact", "tolerance", "auto", "range", "stochastic", "curvature"])
+def test_so_it_is_after_backing_off(mode, monkeypatch):
+    """The first file is refused: what is written then is another candidate, with another figure."""
+    prove, first = publish.Prover.prove, []
+
+    def refuse_first(prover, written, arrays, promise):
+        sha256, proof = prove(prover, written, arrays, promise)
+        first.append(written.temp_path.read_bytes())
+        return sha256, replace(proof, passed=len(first) > 1)
+
+    monkeypatch.setattr(publish.Prover, "prove", refuse_first)
+    heldout = data(2, 40, 3)
+    result = shift(model(), data(1, 40, 3), heldout=heldout, device="cpu", **MODES[mode])
+    assert result.report.verification.attempts == 2
+    assert result.path.read_bytes() == first[1] != first[0]
+    assert_held_out_result_is_of_the_file(result, heldout)
+
+
+def test_backing_off_is_judged_where_held_out_data_was_split_off(monkeypatch):
+    """The written candidate covers the samples that judge: its verdict is that of the same layers and residual."""
+    prove, attempts = publish.Prover.prove, []
+
+    def refuse_first(*arguments):
+        sha256, proof = prove(*arguments)
+        attempts.append(sha256)
+        return sha256, replace(proof, passed=len(attempts) > 1)
+
+    monkeypatch.setattr(publish.Prover, "prove", refuse_first)
+    report = shift(model(), data(1, 60, 3), device="cpu", tolerance=0.05).report
+    (chosen,) = [trial for trial in report.heldout_result.tried if trial.chosen]
+    assert chosen.what.startswith("backed off")
+    assert {layer.tolerance for layer in report.layers if layer.status == "shifted"} == {chosen.tolerance}
+    assert report.heldout_result.after.loss == chosen.loss
+    assert chosen.tolerance < max(trial.tolerance for trial in report.heldout_result.tried)
 
 
 def _odds(content, held):

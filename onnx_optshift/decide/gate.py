@@ -102,8 +102,8 @@ class Gate:
         # By the content of the trial weights.
         self._known: dict[str, tuple[Trial, Judged]] = {}
         self.loss = loss_of(outputs, samples)
-        self.allowed_distance = max(UNLABELLED_DISTANCE, 2 * tolerance)
         self._granted = 2 * tolerance
+        self._allowed_distance = max(UNLABELLED_DISTANCE, self._granted)
         self.before = self.run({})
 
     @property
@@ -185,9 +185,9 @@ class Gate:
             return ""
         if self.loss.is_distance:
             distance = math.sqrt(max(float(after.losses.mean()), 0.0))
-            if distance <= self.allowed_distance:
+            if distance <= self._allowed_distance:
                 return ""
-            return f"held-out outputs move by {distance:.2g}; without labels {self.allowed_distance:.2g} is allowed"
+            return f"held-out outputs move by {distance:.2g}; without labels {self._allowed_distance:.2g} is allowed"
         few = f"fewer than {FEW_SAMPLES} samples" if len(after.losses) < FEW_SAMPLES else ""
         slack = NO_INCREASE * abs(float(self.before.losses.mean()))
         allowed = slack if few else max(slack, error)

@@ -19,7 +19,7 @@ from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.weights import Skip, Weight
 from onnx_optshift.report.progress import SILENT, Progress
-from onnx_optshift.run.budget import DEFAULT_BATCH_SIZE, KEPT_OUTPUT_BYTES
+from onnx_optshift.run.budget import DEFAULT_BATCH_SIZE, KEPT_OUTPUT_BYTES, Costs
 from onnx_optshift.run.outputs import Outputs
 from onnx_optshift.run.sessions import Sessions
 from onnx_optshift.stats.moments import InputMoments
@@ -29,15 +29,6 @@ UNSTACKABLE = (
     "its input inside a Loop or Scan cannot be stacked over the iterations: "
     "its shape changes in between, or is not known to ONNX Runtime"
 )
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What one run of the first sample tells."""
-
-    values: Mapping[str, int]  # bytes of each tapped value, by name
-    rows: Mapping[Tap, int]
-    outputs: int  # bytes of the model's outputs
 
 
 @dataclass(frozen=True)
@@ -106,8 +97,8 @@ class Bench:
         self.sessions.rest()
         return moments
 
-    def measure(self, samples: Samples) -> Measured:
-        """Sizes of what one sample makes, from one run of the first sample."""
+    def costs(self, samples: Samples, *, parts: int = 1, metric: bool = False) -> Costs:
+        """What a plan for these samples is made from, by one run of the first."""
         sizes: dict[str, int] = {}
         rows: dict[Tap, int] = {}
 
@@ -118,13 +109,21 @@ class Bench:
             rows[tap] = max(1, moments.rows // len(batch.indices))
 
         (first,) = samples.select(np.arange(1)).batches(1)
-        taps = self.taps
-        if taps:
-            stream(self.sessions.probe(taps), taps, [first], sink)
+        if self.taps:
+            stream(self.sessions.probe(self.taps), self.taps, [first], sink)
         outputs = self.sessions.original().run(first.feeds)
         self.sessions.rest()
-        size = len(first.indices) + first.padding
-        return Measured(sizes, rows, sum(value.nbytes for value in outputs.values()) // size)
+        return Costs(
+            external=self.sessions.external,
+            inline=self.model.size - self.sessions.external,
+            values=sizes,
+            outputs=sum(value.nbytes for value in outputs.values()) // (len(first.indices) + first.padding),
+            rows=rows,
+            samples=len(samples),
+            parts=parts,
+            metric=metric,
+            apart=self.sessions.large,
+        )
 
     def unstackable(self, samples: Samples) -> tuple[Skip, ...]:
         """Weights whose input, inside a Loop or Scan, cannot be stacked over the first sample's iterations."""

@@ -48,8 +48,9 @@ def captured(prepared: Prepared, data: Data, objective: Objective) -> tuple[Laye
     """
     bench, make = prepared.bench, layers_maker(prepared, data, objective)
     # Captured when a layer first asks for it, unless its rows are part of the calibration data.
-    judge = None if data.heldout is None else bench.statistics(data.heldout, "capture held-out rows")
-    if not data.split or judge is None:
+    held = None if data.heldout is None else bench.statistics(data.heldout, "capture held-out rows")
+    judge = held if objective.grids else None  # or nobody asks, and they would only take room
+    if not data.split or held is None:
         store = bench.statistics(data.calibration)
         if len(store.waves) == 1:
             store.load(0)
@@ -58,4 +59,4 @@ def captured(prepared: Prepared, data: Data, objective: Objective) -> tuple[Laye
     fit = bench.statistics(data.fit)
     if len(fit.waves) > 1:
         return make(bench.statistics(data.calibration)), make(fit, judge)
-    return make(fit.merged(judge)), make(fit, judge)
+    return make(fit.merged(held)), make(fit, judge)

@@ -19,7 +19,7 @@ from onnx_optshift.graph.selection import Selection
 from onnx_optshift.graph.weights import Skip, Weight
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.bench import Bench
-from onnx_optshift.run.budget import Budget, Costs, make_plan
+from onnx_optshift.run.budget import Budget, make_plan
 from onnx_optshift.run.masking import find_mask
 from onnx_optshift.run.weighing import output_rows, weighed
 from onnx_optshift.settings import Settings
@@ -123,21 +123,11 @@ def prepare(
     relative = settings.row_weighting == "relative" and settings.tolerance != 0
     rows = output_rows(bench, samples) if relative or look_at_rows else {}
     bench = weighed(bench, rows) if relative else bench
-    measured = bench.measure(samples)
-    costs = Costs(
-        external=bench.sessions.external,
-        inline=source.size - bench.sessions.external,
-        values=measured.values,
-        outputs=measured.outputs,
-        rows=measured.rows,
-        samples=len(samples),
-        parts=1 + data.split,
-        metric=settings.objective == "curvature",
-        apart=bench.sessions.large,
-    )
+    rounds = settings.objective == "range" and data.heldout is not None  # judged by rows of its own
+    costs = bench.costs(samples, parts=1 + data.split + rounds, metric=settings.objective == "curvature")
     plan = make_plan(costs, bench.weights, settings.batch_size, Budget.of(settings.max_memory, device.solve))
     size, kept, waves = plan.batch_size, plan.kept, plan.waves
-    bench = replace(bench, batch_size=size, kept_bytes=kept, waves=waves, rows=measured.rows)
+    bench = replace(bench, batch_size=size, kept_bytes=kept, waves=waves, rows=costs.rows)
     note = bench.sessions.original().note
     data = _warned(data, note) if note else data
     reads = (*sources, *(heldout or ()))
@@ -211,6 +201,6 @@ def _warned(data: Data, warning: str) -> Data:
 def _made_up(bench: Bench, model: ModelFile, settings: Settings) -> Samples:
     """Seeded random inputs, enough for the widest layer."""
     one = synthetic(input_specs(model), 1, settings.seed)
-    rows = bench.without({skip.weight for skip in bench.unstackable(one)}).measure(one).rows
+    rows = bench.without({skip.weight for skip in bench.unstackable(one)}).costs(one).rows
     needed = max((-(-SYNTHETIC_ROWS_PER_WIDTH * tap.width // count) for tap, count in rows.items()), default=1)
     return synthetic(input_specs(model), max(FEWEST_SYNTHETIC, needed), settings.seed)
