@@ -140,6 +140,11 @@ class Settings:
             raise InputError(f"quantization_bits: expected numbers from 2 to {MOST_BITS}, found {bits!r}.")
         if self.max_drift is not None and not _in_range(self.max_drift, 0, math.inf):
             raise InputError(f"max_drift: expected a number of at least 0, found {self.max_drift!r}. Try 0.3.")
+        if self.max_drift is not None and self.tolerance != 0:
+            raise InputError(
+                f"max_drift and tolerance {self.tolerance} are two questions: with a limit of drift the outputs' "
+                "deviation is reported only. Give one of them, and compare again for the other."
+            )
         if not _in_range(self.heldout_fraction, 0, 1) or self.heldout_fraction in {0, 1}:
             raise InputError(
                 f"heldout_fraction: expected a number between 0 and 1, both excluded, found {self.heldout_fraction!r}. "

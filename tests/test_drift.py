@@ -1,5 +1,6 @@
 """Drift: the share of each sample's output that a shift changes, and the exit status for monitoring jobs."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,17 @@ def test_the_exit_status_tells_a_monitoring_job(shifted, tmp_path, capsys):
     np.savez(strange, pixels=np.random.default_rng(0).random((100, 64)).astype(np.float32))
     words = ["verify", str(ORIGINAL), str(shifted), "--baseline", str(MODEL / "calibration.npz"), "--max-drift", "0.2"]
     assert main([*words, "--calib", str(like)]) == 0
-    assert "baseline" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "baseline" in out
+    assert re.match(r"The drift passed: 0\.1\d+, allowed 0\.2\. The outputs deviate by .*only\)", out.splitlines()[-1])
+    assert not re.search("fail|not match|not within|error", out + err, re.IGNORECASE)
     assert main([*words, "--calib", str(strange)]) == 3
-    assert "unlike its calibration data" in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert "unlike its calibration data" in err
+    assert out.splitlines()[-1].startswith("The drift FAILED: ")
+    assert "passed" not in out
     # Without a limit the outputs themselves are judged, and these do differ.
     assert main([*words[:-2], "--calib", str(like)]) == 3
+    assert "The outputs do not match" in capsys.readouterr().out
+    assert main([*words, "--calib", str(like), "--tolerance", "0.9"]) == 2
+    assert "are two questions" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from onnx_optshift.errors import ToleranceError
-from onnx_optshift.report.model import LayerReport, Report, Verification
+from onnx_optshift.report.model import Drift, LayerReport, Report, Verification
 from onnx_optshift.solve.shift import Outcome
 
 # What is said of layers that kept their weight, by the start of their reason. "{}" is "1 layer" or "3 layers".
@@ -40,12 +40,15 @@ def shift_summary(layers: Sequence[LayerReport], proof: Verification | None, whe
     return f"Nothing to gain: {_kept(layers)}. {end}"
 
 
-def pair_summary(proof: Verification, differing: int) -> str:
-    """The summary of a comparison of two models in which some weights differ."""
+def pair_summary(proof: Verification, differing: int, drift: Drift | None = None) -> str:
+    """The summary of a comparison of two models in which some weights differ: the answer to what was asked, first."""
     if proof.identical_bytes:
         return "The two files are the same, byte for byte."
     weights = f"{differing} weight{'' if differing == 1 else 's'} differ{'s' if differing == 1 else ''}"
     worst = max((output.rel for output in proof.outputs), default=0.0)
+    if drift is not None and drift.limit is not None:
+        kept = f"{'passed' if drift.passed else 'FAILED'}: {drift.figure:.3g}, allowed {drift.limit:.3g}"
+        return f"The drift {kept}. The outputs deviate by {worst:.2g} (reported only); {weights}.{_blind(proof)}"
     verdict = "match within their bounds" if proof.passed else "do not match"
     return f"The outputs {verdict} (largest relative deviation {worst:.2g}); {weights}.{_blind(proof)}"
 

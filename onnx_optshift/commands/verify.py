@@ -75,7 +75,7 @@ def verify(
     with clock("verify"):
         proof = Prover(bench, settings.seed).compare(b.path, b.sha256, [w.name for w in differing], promise)
     report = build_report(replace(found, verification=proof), clock, summary="", drift=drifted)
-    return replace(report, summary=pair_summary(proof, len(differing)))
+    return replace(report, summary=pair_summary(proof, len(differing), drifted))
 
 
 def _differs(a: ModelFile, b: ModelFile, weight: Weight) -> bool:
