@@ -88,16 +88,8 @@ def decided(
 ) -> Decision:
     """All layers if held-out data accepts them together, at this layer residual or halves of it; else those it accepts.
 
-    Args:
-        grounds: What it is decided on.
-        way: How layers are solved.
-        residual: That each layer may have.
-        promise: What goes with it.
-        how: Start of what trials are called in the report.
-        halvings: How often the residual is halved before layers are given up.
-        names: Layers that may still be taken; all when not given.
-        before: The decision that this one replaces; what it rejected stays rejected.
-        notes: Sentences for the report.
+    Trials are called `how` in the report. Only layers of these `names` may be taken, where they are given; what a
+    decision `before`, which this one replaces, rejected stays rejected.
     """
     rejected, notes = (before.rejected, (*before.notes, *notes)) if before else ({}, tuple(notes))
 

@@ -90,9 +90,6 @@ class Gate:
         samples: Held-out data.
         tolerance: Relative deviation granted on the calibration data; widens the distance allowed without labels.
         rounded: Trial weights as a quantizer would round them, by grid; None when they stay as they are.
-
-    Raises:
-        InputError: The labels fit no output of the model.
     """
 
     def __init__(self, outputs: Outputs, samples: Samples, tolerance: float, rounded: Rounded | None = None) -> None:

@@ -92,10 +92,6 @@ def prepare(
         make_up: Whether random inputs serve where there is no data.
         look_at_rows: Whether it is measured how unequal the layers' output rows are, also where nothing weighs them.
         progress: Where long passes report to.
-
-    Raises:
-        InputError: The model, the data or a setting cannot be used, or memory does not suffice.
-        DeviceError: The device is not available.
     """
     source = ModelFile.load(model)
     selection = Selection(settings.nodes_to_include, settings.nodes_to_exclude, settings.op_types)
