@@ -42,6 +42,7 @@ def placed(layers: Layers, starts: Starts, *, snap: bool) -> Candidate:
             solved[weight.name] = layers.snap(weight, start)
         else:
             one = layers.solve(weight, start.residual if start is not None else 0.0)
+            one = replace(one, allowed=start.residual) if start is not None and one.moved else one
             if one.shift.outcome in {Outcome.FULL_RANK, Outcome.ALREADY_MINIMAL} and start is not None:
                 # Larger residuals were tried, and rounded worse.
                 one = replace(one, shift=replace(one.shift, outcome=Outcome.ROUNDS_WORSE))

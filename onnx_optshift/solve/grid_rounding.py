@@ -131,7 +131,8 @@ def _narrow_at(problem: Problem, grid: Grid, shares: Sequence[float], most: floa
     """Narrowed weights `[g, d, m]` by residual: shares of what round-to-nearest costs."""
     cost = problem.residual(round_to_nearest(problem.matrix, grid))
     cost = cost if math.isfinite(cost) else 0.0
-    return {residual: _narrowed(problem, grid, residual) for residual in {min(most, share * cost) for share in shares}}
+    residuals = dict.fromkeys(min(most, share * cost) for share in shares)
+    return {residual: _narrowed(problem, grid, residual) for residual in residuals}
 
 
 def _sampled(problem: Problem, grid: Grid) -> Problem:
