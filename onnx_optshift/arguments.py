@@ -104,6 +104,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
         parser.error(f"unknown option {name!r}.{closest(name, known)}".removesuffix("."))
     args.command = command
+    if args.quiet and args.verbose:
+        parser.error("--quiet and --verbose contradict each other: give one of them")
     args.settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})
     wanted = COMMANDS[command].files
     if command == SHIFT and args.settings.dry_run and len(args.files) == 1:

@@ -40,6 +40,7 @@ def _bytes(text: str) -> int:
 
 
 _number = _read_as("a number", float)
+_number_or_auto = _read_as("auto or a number", float)
 _whole = _read_as("a whole number", int)
 _bits = _read_as("whole numbers", lambda text: tuple(map(int, text.split(","))))
 _samples = _read_as("a number of samples or nothing", int, "; a file must come before this option")
@@ -71,6 +72,14 @@ def _data(add: _Add) -> None:
     add([VERIFY], "--baseline", "the calibration data, whose drift is reported beside that of the data", **_SOURCES)
     add(_JUDGED, "--heldout-fraction", "how much to split off to judge (default 0.2)", type=_number, metavar="F")
     add(_ALL, "--labels", "name of the labels' array in the data (default labels)", metavar="NAME")
+    add(
+        _ALL,
+        "--input-shape --input-shapes",
+        "sizes of an input whose axes the model leaves free, such as images:1,3,320,320; once for each input",
+        action="append",
+        dest="input_shapes",
+        metavar="NAME:D,...",
+    )
     add(_ALL, "--max-samples", "calibration samples to use at most (default: all)", **_N)
 
 
@@ -80,7 +89,7 @@ def _choices(add: _Add) -> None:
         "--tolerance",
         "relative deviation that the outputs may show on calibration data; 0 (default) is exact; auto takes what "
         "serves held-out data best",
-        type=lambda text: text if text == "auto" else _number(text),
+        type=lambda text: text if text == "auto" else _number_or_auto(text),
         metavar="EPS|auto",
     )
     for command, text in (

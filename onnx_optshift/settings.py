@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, TypedDict, TypeGuard
 
@@ -47,6 +47,9 @@ class Settings:
             is a share of what is free at the start.
         seed: Of the held-out split, of draws and of random inputs. Fixed, 0, so that two runs give the same file.
         labels: Name of the labels' array in calibration and held-out data.
+        input_shapes: Sizes of all axes of inputs that the model leaves free, `"images:1,3,320,320"` each, or a dict of
+            them; they hold for random inputs and for data alike, and a leading size fixes the batch. Empty, the
+            default, takes data as it comes, and tries usual sizes for random inputs.
         save_as_external_data: Whether weights go to a data file beside the model; False keeps the original's way,
             so that nothing changes but the shifted weights.
         dry_run: Whether everything runs except that no model is written.
@@ -93,6 +96,7 @@ class Settings:
     max_memory: int | None = None
     seed: int = 0
     labels: str = "labels"
+    input_shapes: tuple[str, ...] = ()
     save_as_external_data: bool = False
     dry_run: bool = False
     force: bool = False
@@ -108,6 +112,10 @@ class Settings:
     max_drift: float | None = None
 
     def __post_init__(self) -> None:
+        if isinstance(self.input_shapes, Mapping):
+            shapes = self.input_shapes.items()
+            texts = [f"{n}:{','.join(map(str, s)) if isinstance(s, (tuple, list)) else s}" for n, s in shapes]
+            object.__setattr__(self, "input_shapes", texts)
         for field in fields(self):
             value = getattr(self, field.name)
             if field.type == "bool" and not isinstance(value, bool):
@@ -130,7 +138,7 @@ class Settings:
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise InputError(
                 f"device: expected auto, cpu, cuda or cuda:N with a device number N, found {self.device!r}."
-                f"{closest(str(self.device), ['auto', 'cpu', 'cuda', 'cuda:0'])}"
+                f"{_close_device(self.device)}"
             )
         if not isinstance(self.labels, str) or not self.labels:
             raise InputError(f"labels: expected the name of an array, found {self.labels!r}.")
@@ -138,6 +146,8 @@ class Settings:
         object.__setattr__(self, "quantization_bits", tuple(_integer("quantization_bits", b, 2) for b in bits))
         if any(value > MOST_BITS for value in self.quantization_bits):
             raise InputError(f"quantization_bits: expected numbers from 2 to {MOST_BITS}, found {bits!r}.")
+        if self.objective != "range":
+            self._refuse_ignored()
         if self.max_drift is not None and not _in_range(self.max_drift, 0, math.inf):
             raise InputError(f"max_drift: expected a number of at least 0, found {self.max_drift!r}. Try 0.3.")
         if self.max_drift is not None and self.tolerance != 0:
@@ -150,6 +160,15 @@ class Settings:
                 f"heldout_fraction: expected a number between 0 and 1, both excluded, found {self.heldout_fraction!r}. "
                 "To judge on no held-out data, give 'none' as the held-out data."
             )
+
+    def _refuse_ignored(self) -> None:
+        # What nothing would ask for must not be dropped without a word.
+        grid = [] if self.quantization_bits else ["range_scope", "range_block"]
+        for name in (*grid, "snap"):
+            if getattr(self, name) != getattr(Settings, name):
+                needed = "the objective 'range'" + " or quantization_bits" * (name != "snap")
+                shown = name if name != "snap" else "snap=False (--no-snap)"
+                raise InputError(f"{shown} only has a meaning with {needed}. Give that too, or leave this out.")
 
 
 class Choices(TypedDict, total=False):
@@ -169,6 +188,7 @@ class Choices(TypedDict, total=False):
     max_memory: int | None
     seed: int
     labels: str
+    input_shapes: str | Sequence[str] | Mapping[str, Sequence[int]]
     save_as_external_data: bool
     dry_run: bool
     force: bool
@@ -212,6 +232,13 @@ def _integer(name: str, value: object, least: int) -> int:
         return int(value)
     hint = " Give 0 to have the batch size chosen." if name == "stochastic" else ""
     raise InputError(f"{name}: expected a whole number of at least {least}, found {value!r}.{hint}")
+
+
+def _close_device(device: object) -> str:
+    name = str(device).casefold()
+    if "gpu" in name or "nvidia" in name:
+        return " For a GPU take 'cuda'."
+    return closest(name, ["auto", "cpu", "cuda", "cuda:0"])
 
 
 def _texts(name: str, value: object) -> tuple[str, ...]:

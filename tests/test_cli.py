@@ -178,7 +178,7 @@ def test_stochastic_batch_is_optional(words, expected):
         ([*FILES, "--max_memroy", "1"], "Close matches: '--max-memory'"),
         ([*FILES, "--tol", "0.1"], "unknown option '--tol'"),
         ([*FILES, "-x"], "unknown option '-x'"),
-        ([*FILES, "--tolerance", "much"], "argument --tolerance: expected a number, found 'much'"),
+        ([*FILES, "--tolerance", "much"], "argument --tolerance: expected auto or a number, found 'much'"),
         ([*FILES, "--tolerance", "-1"], "tolerance: expected 'auto' or a relative deviation"),
         ([*FILES, "--tolerance", "nan"], "found nan"),
         ([*FILES, "--tolerance"], "expected one argument"),
@@ -187,6 +187,7 @@ def test_stochastic_batch_is_optional(words, expected):
         (["--stochastic", *FILES], "found 'in.onnx'; a file must come before this option"),
         ([*FILES, "--device", "gpu"], "device: expected auto, cpu, cuda or cuda:N"),
         ([*FILES, "--objective", "rang"], "Close matches: 'range'"),
+        ([*FILES, "--no-snap"], "only has a meaning with the objective 'range'"),
         ([*FILES, "--log-level", "loud"], "invalid choice: 'loud'"),
         ([*FILES, "--report", "r.txt"], "ends in .json or .html"),
         ([*FILES, "--report", "nowhere/r.json"], "does not exist"),
@@ -205,6 +206,12 @@ def test_bad_usage_is_one_message_and_status_2(called, capsys, argv, message):
     assert not out
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+def test_quiet_and_verbose_contradict_each_other(called):
+    assert "--quiet and --verbose contradict each other" in refused([*FILES, "--quiet", "--verbose"])
+    assert cli.main([*FILES, "--verbose", "--quiet"]) == 2
+    assert called.args is None
 
 
 def test_dry_run_needs_no_out():

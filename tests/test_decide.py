@@ -45,7 +45,7 @@ def fixture_bench(prepared):
 
 
 def top1(bench, arrays, data):
-    samples = load([data], input_specs(bench.model))
+    samples = load([data], input_specs(bench.model, Settings()))
     right = [
         outputs["logits"].argmax(axis=1) == batch.labels for batch, outputs, _ in bench.outputs.trial(samples, arrays)
     ]

@@ -40,6 +40,10 @@ def test_every_field_is_documented():
         ({"op_types": ["Gemm", "Conv"]}, "op_types", ("Gemm", "Conv")),
         ({"nodes_to_include": "/fc1"}, "nodes_to_include", ("/fc1",)),
         ({"stochastic": 8, "tolerance": 0.0}, "stochastic", 8),
+        ({"input_shapes": {"x:0": (1, 3), "n": [7], "m": 4}}, "input_shapes", ("x:0:1,3", "n:7", "m:4")),
+        ({"range_block": 64, "quantization_bits": 4}, "range_block", 64),
+        ({"range_scope": "tensor", "objective": "range"}, "range_scope", "tensor"),
+        ({"snap": False, "objective": "range"}, "snap", False),
     ],
 )
 def test_accepted(given, field, kept):
@@ -70,6 +74,12 @@ def test_accepted(given, field, kept):
         ({"seed": -1}, "seed"),
         ({"seed": None}, "seed: .*found None"),
         ({"device": "gpu"}, "device: expected auto, cpu, cuda or cuda:N .*found 'gpu'"),
+        ({"device": "GPU:1"}, r"For a GPU take 'cuda'\.$"),
+        ({"range_block": 32}, "range_block only has a meaning with the objective 'range' or quantization_bits"),
+        ({"range_scope": "tensor", "objective": "curvature"}, "range_scope only has a meaning with"),
+        ({"snap": False, "quantization_bits": 4}, r"no-snap\) only has a meaning with the objective 'range'\. Give"),
+        ({"max_drift": 0.3, "tolerance": 0.1}, "are two questions"),
+        ({"input_shapes": 3}, "input_shapes: expected names, found 3"),
         ({"device": "cuda:"}, "found 'cuda:'"),
         ({"device": "cuda:-1"}, "found 'cuda:-1'"),
         ({"device": "cpu\n"}, "found 'cpu"),

@@ -5,9 +5,11 @@ The only module that imports onnxruntime.
 
 from __future__ import annotations
 
+import io
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +22,8 @@ from torch.utils.dlpack import from_dlpack
 
 from onnx_optshift.capture.device import CPU, CUDA, Device, choose_device, fallback_note
 from onnx_optshift.errors import DeviceError, InputError
+
+_logger = logging.getLogger(__name__)
 
 # Has ONNX Runtime (1.24 and newer) tell which node runs where.
 _RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
@@ -62,6 +66,7 @@ class Session:
         prepack: Whether kernels may keep copies of the weights in a layout of their own. Without them external data
             stays mapped: loading takes no time, and memory only as the weights are read.
         custom_op_library: Shared library with custom operators.
+        name: What messages call the model.
 
     Attributes:
         outputs: Names of the model's outputs.
@@ -82,6 +87,7 @@ class Session:
         threads: int | None = None,
         prepack: bool = True,
         custom_op_library: str | None = None,
+        name: str = "the model",
     ) -> None:
         ort = _runtime()
         options = ort.SessionOptions()
@@ -95,7 +101,10 @@ class Session:
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
         if device.capture != CPU and hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()  # takes the CUDA libraries that torch brought, which need not be on the system path
+            # Takes the CUDA libraries that torch brought, which need not be on the system path; prints what it misses.
+            with redirect_stdout(io.StringIO()) as said:
+                ort.preload_dlls()
+            _logger.info("onnxruntime: %s", " ".join(said.getvalue().split()))
         if not optimize:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if threads is not None:
@@ -103,9 +112,10 @@ class Session:
         if custom_op_library is not None:
             with _told(f"--custom-op-library {custom_op_library}: ONNX Runtime cannot load it"):
                 options.register_custom_ops_library(custom_op_library)
-        with _told("ONNX Runtime cannot load the model"):
+        with _told(f"{name}: ONNX Runtime cannot load the model"):
             source = model if isinstance(model, bytes) else str(model)
-            self._session = ort.InferenceSession(source, options, providers=device.options)
+            # Without its own fallback, which would print to standard output and go on elsewhere.
+            self._session = ort.InferenceSession(source, options, providers=device.options, enable_fallback=0)
         took = self._session.get_providers()
         if device.capture not in took:
             raise DeviceError(

@@ -216,7 +216,8 @@ def loss_of(outputs: Outputs, samples: Samples) -> Loss:
         InputError: The labels fit no output of the model.
     """
     batch, values = next(iter(outputs.reference(samples)))
-    return choose_loss(values, batch.labels if samples.labels is None else samples.labels, judged_rows(batch))
+    labels = batch.labels if samples.labels is None else samples.labels
+    return choose_loss(values, labels, judged_rows(batch), samples.source)
 
 
 def judged_rows(batch: Batch) -> int:

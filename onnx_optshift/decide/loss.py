@@ -77,8 +77,8 @@ class Loss:
 DISTANCE = Loss("relative distance to the original outputs", None, "distance")
 
 
-def choose_loss(outputs: Outputs, labels: NDArray[Any] | None, samples: int) -> Loss:
-    """The loss that fits the original model's outputs on one batch of some samples, and all labels of the data.
+def choose_loss(outputs: Outputs, labels: NDArray[Any] | None, samples: int, source: str = "data") -> Loss:
+    """The loss that fits the original model's outputs on one batch of some samples, and all labels of the source.
 
     Raises:
         InputError: The labels fit no output, or a class label is out of range.
@@ -93,9 +93,9 @@ def choose_loss(outputs: Outputs, labels: NDArray[Any] | None, samples: int) -> 
                 continue
             if labels.min() < 0 or labels.max() >= classes:
                 raise InputError(
-                    f"labels: expected class indices 0 to {classes - 1} for output {name!r} {list(value.shape)}, found "
-                    f"{int(labels.min())} to {int(labels.max())}. Correct the labels, or leave them out to judge by "
-                    "the distance to the original outputs."
+                    f"{source}: the labels are {int(labels.min())} to {int(labels.max())}; expected class "
+                    f"indices 0 to {classes - 1} for output {name!r} {list(value.shape)}. Correct the labels, or leave "
+                    "them out to judge by the distance to the original outputs."
                 )
             kind = "probabilities" if _are_probabilities(value, classes) else "logits"
             return Loss(f"cross-entropy on {kind} of {name!r}", name, kind)
@@ -103,9 +103,12 @@ def choose_loss(outputs: Outputs, labels: NDArray[Any] | None, samples: int) -> 
     for name, value in outputs.items():
         if np.issubdtype(value.dtype, np.floating) and value.size == wanted:
             return Loss(f"squared error of {name!r}", name, "squared")
+    whole = labels.dtype.kind == "f" and bool((labels == np.round(labels)).all())
+    hint = " Save class indices as integers, not as floats." if whole else ""
     raise InputError(
-        f"labels: shape {list(labels.shape)} ({labels.dtype}) fits no output of the model: {shapes} for {samples} "
-        "samples. Expected one class index per sample, or targets of an output's shape; or leave the labels out."
+        f"{source}: labels: shape {list(labels.shape)} ({labels.dtype}) fits no output of the model: {shapes} for "
+        f"{samples} samples.{hint} Expected one class index per sample, or targets of an output's shape; or leave the "
+        "labels out."
     )
 
 

@@ -143,6 +143,12 @@ class ModelFile:
         """Files beside the model that hold its external tensors."""
         return {locate(tensor, self.folder).path for tensor in all_tensors(self.proto) if is_external(tensor)}
 
+    def nodes(self, operator: str) -> Iterator[onnx.NodeProto]:
+        """Nodes of an operator, `MatMul` or `domain:Name`, in all graphs and functions."""
+        domain, _, kind = operator.rpartition(":")
+        for part in (*graphs(self.proto.graph), *self.proto.functions):
+            yield from (node for node in part.node if (node.domain, node.op_type) == (domain, kind))
+
     def tensor(self, name: str) -> onnx.TensorProto:
         """One of `tensors`.
 

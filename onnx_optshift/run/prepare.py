@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 
 from onnx_optshift.calibration.inputs import InputSpec
 from onnx_optshift.calibration.load import beside, load
+from onnx_optshift.calibration.shapes import parse_shape, shape_option, usual_sizes, with_shapes
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.calibration.split import split
 from onnx_optshift.calibration.synthetic import synthetic
 from onnx_optshift.capture.session import resolve_device
+from onnx_optshift.errors import InputError
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.selection import Selection
@@ -99,12 +101,13 @@ def prepare(
     device = resolve_device(settings.device, settings.providers, allow_cpu_fallback=settings.allow_cpu_fallback)
     size, library = settings.batch_size or 1, settings.custom_op_library
     bench = Bench.open(source, weights, device, batch_size=size, custom_op_library=library, progress=progress)
-    sources = calibration or (beside(source.path, input_specs(source)) if source.path is not None else ())
+    specs = input_specs(source, settings)
+    sources = calibration or (beside(source.path, specs) if source.path is not None else ())
     samples = find_calibration(source, sources, settings, heldout)
     if samples is None:
         if not (make_up and weights and source.inputs):
             return Prepared(source, bench, tuple(skips), None, settings, reads=tuple(heldout or ()))
-        samples = _made_up(bench, source, settings)
+        samples = _made_up(bench, specs, settings)
     unreached = bench.unstackable(samples)
     bench = bench.without({skip.weight for skip in unreached})
     data = arrange(source, samples, heldout, settings)
@@ -142,7 +145,7 @@ def find_calibration(
         return None
     others_judge = bool(heldout) and list(heldout or ()) != [NO_HELDOUT]
     required = _labels_named(settings) and not others_judge
-    samples = load(sources, input_specs(model), labels_name=settings.labels, labels_required=required)
+    samples = load(sources, input_specs(model, settings), labels_name=settings.labels, labels_required=required)
     return samples if settings.max_samples is None else samples.select(range(min(settings.max_samples, len(samples))))
 
 
@@ -156,7 +159,12 @@ def arrange(model: ModelFile, calibration: Samples, heldout: Sequence[object] | 
     if heldout and list(heldout) == [NO_HELDOUT]:
         return data
     if heldout:
-        specs, required = input_specs(model), _labels_named(settings)
+        if settings.heldout_fraction != Settings.heldout_fraction:
+            raise InputError(
+                f"heldout_fraction {settings.heldout_fraction:g}: nothing is split off where held-out data is given. "
+                "Leave --heldout-fraction or --heldout out."
+            )
+        specs, required = input_specs(model, settings), _labels_named(settings)
         given = load(heldout, specs, labels_name=settings.labels, labels_required=required)
         data = replace(data, heldout=given)
         if given.fingerprint == calibration.fingerprint:
@@ -176,9 +184,16 @@ def arrange(model: ModelFile, calibration: Samples, heldout: Sequence[object] | 
     return replace(data, fit=calibration.select(fit), heldout=calibration.select(held), split=True)
 
 
-def input_specs(model: ModelFile) -> list[InputSpec]:
-    """The model's inputs as the calibration side knows them."""
-    return [InputSpec(spec.name, spec.dtype, spec.shape) for spec in model.inputs]
+def input_specs(model: ModelFile, settings: Settings) -> list[InputSpec]:
+    """The model's inputs as the calibration side knows them, with the sizes that the user has chosen.
+
+    Raises:
+        InputError: A size contradicts the model, or an input has two.
+    """
+    shapes = dict(map(parse_shape, settings.input_shapes))
+    if len(shapes) < len(settings.input_shapes):
+        raise InputError(f"input shapes: expected one for each input, found {', '.join(settings.input_shapes)}.")
+    return with_shapes([InputSpec(spec.name, spec.dtype, spec.shape) for spec in model.inputs], shapes)
 
 
 def _masked(data: Data, name: str) -> Data:
@@ -194,9 +209,41 @@ def _warned(data: Data, warning: str) -> Data:
     return replace(data, warnings=(*data.warnings, warning))
 
 
-def _made_up(bench: Bench, model: ModelFile, settings: Settings) -> Samples:
-    """Seeded random inputs, enough for the widest layer."""
-    one = synthetic(input_specs(model), 1, settings.seed)
+def _made_up(bench: Bench, inputs: Sequence[InputSpec], settings: Settings) -> Samples:
+    """Seeded random inputs of the first usual sizes that the model runs on, enough for the widest layer.
+
+    Raises:
+        InputError: Labels were asked for.
+    """
+    if _labels_named(settings):
+        raise InputError(f"labels: there is no data that could hold {settings.labels!r}. Give it with --calib.")
+    specs = _runnable(bench, inputs, settings.seed)
+    one = synthetic(specs, 1, settings.seed)
     rows = bench.without({skip.weight for skip in bench.unstackable(one)}).costs(one).rows
     needed = max((-(-SYNTHETIC_ROWS_PER_WIDTH * tap.width // count) for tap, count in rows.items()), default=1)
-    return synthetic(input_specs(model), max(FEWEST_SYNTHETIC, needed), settings.seed)
+    return synthetic(specs, max(FEWEST_SYNTHETIC, needed), settings.seed)
+
+
+def _runnable(bench: Bench, inputs: Sequence[InputSpec], seed: int) -> Sequence[InputSpec]:
+    """The inputs with sizes that the model runs on: its own and the user's, and usual ones where those are free.
+
+    Raises:
+        InputError: It runs on none of them.
+    """
+    session = bench.sessions.original()
+    tried: list[str] = []
+    for specs in usual_sizes(inputs):
+        (first,) = synthetic(specs, 1, seed).batches(1)
+        try:
+            session.run(first.feeds)
+        except InputError as error:
+            tried.append(", ".join(f"{name} {list(array.shape)}" for name, array in first.feeds.items()))
+            reason = error
+        else:
+            return specs
+    option = shape_option(inputs)
+    raise InputError(
+        f"{bench.model.where}: no calibration data, and the model does not run on random inputs of any of these sizes: "
+        f"{'; '.join(tried)}. Give data with --calib{f', or sizes that it takes, such as {option}' if option else ''}. "
+        f"The last try: {reason}"
+    )

@@ -7,6 +7,7 @@ holds for it stays in files that are mapped.
 from __future__ import annotations
 
 import ctypes
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from onnx_optshift.capture.device import Device
 from onnx_optshift.capture.session import Session
+from onnx_optshift.errors import InputError
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.probes import probe_model
@@ -24,6 +26,8 @@ from onnx_optshift.run.mapped import MappedStore
 
 # External data from this size on is never copied: one session at a time maps it, without packed copies of its own.
 LARGE_MODEL = 2**30
+# What ONNX Runtime says of an operator that it does not have: of another domain, and of the standard one.
+_UNKNOWN = re.compile(r"(\S+:\w+)\(-?\d+\) is not a registered function/op|No Op registered for (\w+)")
 
 
 class Sessions:
@@ -39,14 +43,32 @@ class Sessions:
         self.large = self.external >= LARGE_MODEL  # one session at a time, and weights stay in their file
 
     def open(self, model: bytes | Path | None = None, **options: Any) -> Session:
-        """A new session on the original, on another file, or on bytes whose external data is the original's."""
+        """A new session on the original, on another file, or on bytes whose external data is the original's.
+
+        Raises:
+            InputError: ONNX Runtime cannot load it.
+        """
         if self.large:
             self.rest()
             options = {"prepack": False, **options}
         if model is None:
             model = self._model.path or probe_model(self._model, ())
         folder = self._model.folder if isinstance(model, bytes) else None
-        return Session(model, self._device, folder=folder, custom_op_library=self._custom_op_library, **options)
+        where, library = self._model.where, self._custom_op_library
+        try:
+            return Session(model, self._device, folder=folder, custom_op_library=library, name=where, **options)
+        except InputError as error:
+            unknown = _UNKNOWN.search(str(error))
+            if unknown is None:
+                raise
+            kind = unknown[1] or unknown[2]
+            node = next(self._model.nodes(kind), None)
+            at = "" if node is None else f" of node {node.name or node.output[0]!r}"
+            given = f" (nor has {library})" if library else ""
+            raise InputError(
+                f"{where}: this onnxruntime has no operator {kind}{at}{given}. Give the library that has it with "
+                "--custom-op-library FILE, or update onnxruntime."
+            ) from error
 
     def original(self) -> Session:
         """The original model, as a user runs it; opened once."""
