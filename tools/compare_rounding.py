@@ -1,6 +1,6 @@
 """One model at few bits: round-to-nearest, GPTQ, MagR with either, and this package, by what held-out data sees.
 
-    python tools/compare_rounding.py MODEL.onnx --calib FILE --heldout FILE [--bits 4 3 2] [--block 32] [--json FILE]
+    python tools/compare_rounding.py MODEL.onnx --calib FILE --heldout FILE [--bits 4 3 2] [--block 32]
 
 Every weight that the pass can solve for is quantized, and nothing else. The error is that of the model's outputs on
 held-out data, relative to the float original's; top-1 and loss need labels there. Peers are written from their papers:
@@ -17,11 +17,11 @@ without weights on the grid.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -104,77 +104,106 @@ def best_magr(matrix: Tensor, gram: Tensor, grid: Grid, rounded: Callable[[Tenso
     return min(found, key=lambda weight: float(((gram @ (weight - matrix)) * (weight - matrix)).sum()))
 
 
-def main() -> None:
-    """Reads the command line and prints one table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--calib", required=True, nargs="+")
-    parser.add_argument("--heldout", required=True, nargs="+")
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--block", type=int)
-    parser.add_argument("--nodes-to-include", nargs="+", default=[])
-    parser.add_argument("--max-samples", type=int)
-    parser.add_argument("--without", nargs="+", default=[], help="ways to leave out, by the start of their name")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+WAYS = ("RTN", "GPTQ", "MagR + RTN", "MagR + GPTQ", "narrowed + RTN", "on the grid")
+
+
+def measure(
+    model: Path,
+    calib: Sequence[str],
+    heldout: Sequence[str],
+    bits: Sequence[int],
+    *,
+    block: int | None = None,
+    include: Sequence[str] = (),
+    max_samples: int | None = None,
+    ways: Sequence[str] = WAYS,
+) -> Iterator[Row]:
+    """The float model, then every way at every bit width."""
     warnings.simplefilter("ignore")
-    included = tuple(arguments.nodes_to_include)
-    settings = Settings(nodes_to_include=included, max_samples=arguments.max_samples)
-    prepared = prepare(arguments.model, settings, arguments.calib, arguments.heldout)
+    settings = Settings(nodes_to_include=tuple(include), max_samples=max_samples)
+    prepared = prepare(model, settings, calib, heldout)
     layers, _ = captured(prepared, prepared.data, Norm())
-    bench = prepared.bench
-    gate = Gate(bench.outputs, prepared.data.heldout, 0.0)
-    rows: list[Row] = []
+    bench, judges = prepared.bench, prepared.data.heldout
+    gate = Gate(bench.outputs, judges, 0.0)
 
-    def score(bits: int, way: str, arrays: dict[str, np.ndarray], seconds: float) -> None:
-        error = bench.outputs.deviation(prepared.data.heldout, arrays).largest_rel()
+    def score(width: int, way: str, arrays: dict[str, np.ndarray], seconds: float) -> Row:
+        error = bench.outputs.deviation(judges, arrays).largest_rel()
         found = gate.run(arrays).score
-        rows.append(Row(bits, way, error, found.loss, found.top1, seconds))
-        top1 = "" if found.top1 is None else f"  top-1 {100 * found.top1:.2f} %"
-        print(f"{bits} bits  {way:28} error {error:.4f}  loss {found.loss:.4f}{top1}  {seconds:.1f} s", flush=True)
+        return Row(width, way, error, found.loss, found.top1, seconds)
 
-    def by_layer(bits: int, way: str, quantize: Callable[[Tensor, Tensor], Tensor]) -> None:
-        if any(way.startswith(start) for start in arguments.without):
-            return
+    def quantized(width: int, way: str, quantize: Callable[[Tensor, Tensor], Tensor]) -> Row:
         start, arrays = time.perf_counter(), {}
         for weight in bench.weights:
             content = bench.model.initializer(weight.name)
             matrix = as_matrix(content, weight.form)
             arrays[weight.name] = finished(quantize(matrix, layers.moments(weight).gram()), weight.form, content.dtype)
-        score(bits, way, arrays, time.perf_counter() - start)
+        return score(width, way, arrays, time.perf_counter() - start)
 
-    score(32, "float", {}, 0.0)
-    for grid in make_grids(arguments.bits, "channel", arguments.block):
-        by_layer(grid.bits, "RTN", lambda v, _, grid=grid: round_to_nearest(v, grid))
-        by_layer(grid.bits, "GPTQ", lambda v, h, grid=grid: gptq(v, h, grid))
-        by_layer(grid.bits, "MagR + RTN", lambda v, h, g=grid: best_magr(v, h, g, lambda w: round_to_nearest(w, g)))
-        by_layer(grid.bits, "MagR + GPTQ", lambda v, h, g=grid: best_magr(v, h, g, lambda w: gptq(w, h, g)))
-        for way, snap in (("narrowed + RTN (--no-snap)", False), ("on the grid", True)):
-            if any(way.startswith(start) for start in arguments.without):
-                continue
-            start = time.perf_counter()
-            result = onnx_optshift.shift(
-                arguments.model,
-                list(arguments.calib),
-                heldout=list(arguments.heldout),
-                objective="range",
-                tolerance="auto",
-                quantization_bits=grid.bits,
-                range_block=arguments.block,
-                snap=snap,
-                nodes_to_include=included,
-                max_samples=arguments.max_samples,
-            )
-            seconds = time.perf_counter() - start
-            shifted = ModelFile.load(result.path)
-            arrays = {}
-            for weight in bench.weights:
-                content = shifted.initializer(weight.name)
-                rounded = round_to_nearest(as_matrix(content, weight.form), grid)
-                arrays[weight.name] = finished(rounded, weight.form, content.dtype)
-            score(grid.bits, way, arrays, seconds)
-    if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+    def passed(grid: Grid, way: str, *, snap: bool) -> Row:
+        start = time.perf_counter()
+        result = onnx_optshift.shift(
+            model,
+            list(calib),
+            heldout=list(heldout),
+            objective="range",
+            tolerance="auto",
+            quantization_bits=grid.bits,
+            range_block=block,
+            snap=snap,
+            nodes_to_include=tuple(include),
+            max_samples=max_samples,
+        )
+        seconds, shifted, arrays = time.perf_counter() - start, ModelFile.load(result.path), {}
+        for weight in bench.weights:
+            content = shifted.initializer(weight.name)
+            rounded = round_to_nearest(as_matrix(content, weight.form), grid)
+            arrays[weight.name] = finished(rounded, weight.form, content.dtype)
+        return score(grid.bits, way, arrays, seconds)
+
+    yield score(32, "float", {}, 0.0)
+    for grid in make_grids(bits, "channel", block):
+        nearest, fed_back = partial(round_to_nearest, grid=grid), partial(gptq, grid=grid)
+        found: dict[str, Callable[[str], Row]] = {
+            "RTN": lambda way, g=grid, f=nearest: quantized(g.bits, way, lambda v, _: f(v)),
+            "GPTQ": lambda way, g=grid: quantized(g.bits, way, lambda v, h: gptq(v, h, g)),
+            "MagR + RTN": lambda way, g=grid, f=nearest: quantized(g.bits, way, partial(best_magr, grid=g, rounded=f)),
+            "MagR + GPTQ": lambda way, g=grid, f=fed_back: quantized(
+                g.bits, way, lambda v, h: best_magr(v, h, g, lambda w: f(w, h))
+            ),
+            "narrowed + RTN": lambda way, g=grid: passed(g, way, snap=False),
+            "on the grid": lambda way, g=grid: passed(g, way, snap=True),
+        }
+        for way in ways:
+            yield found[way](way)
+
+
+def main() -> None:
+    """Reads the command line and prints one line for each way."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calib", required=True, nargs="+")
+    parser.add_argument("--heldout", required=True, nargs="+")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--block", type=int, help="inputs that share a scale; a channel by default")
+    parser.add_argument("--nodes-to-include", nargs="+", default=[])
+    parser.add_argument("--max-samples", type=int)
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    given = parser.parse_args()
+    for row in measure(
+        given.model,
+        given.calib,
+        given.heldout,
+        given.bits,
+        block=given.block,
+        include=given.nodes_to_include,
+        max_samples=given.max_samples,
+        ways=given.ways,
+    ):
+        top1 = "" if row.top1 is None else f"  top-1 {100 * row.top1:.2f} %"
+        print(
+            f"{row.bits} bits  {row.way:15} error {row.error:.4f}  loss {row.loss:.4f}{top1}  {row.seconds:.1f} s",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
