@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 import subprocess
 import sys
 import types
@@ -18,6 +19,7 @@ NAMES = {
     "DeviceError",
     "InputError",
     "OptShiftError",
+    "OptShiftWarning",
     "Report",
     "Settings",
     "ToleranceError",
@@ -102,6 +104,17 @@ def test_a_result_is_a_model_that_is_saved_and_verified(tmp_path):
     weight.raw_data = (2 * onnx.numpy_helper.to_array(weight)).tobytes()
     onnx.save(other, out)
     assert not onnx_optshift.verify(original, out).verification.passed
+
+
+def test_a_report_is_saved_by_its_suffix_and_short_to_look_at(tmp_path):
+    model = ROOT / "models" / "digits_mlp" / "model.onnx"
+    report = onnx_optshift.inspect(model, model.with_name("calibration.npz"), max_samples=50)
+    assert json.loads(report.save(tmp_path / "r.json").read_text(encoding="utf-8")) == report.to_dict()
+    assert report.save(tmp_path / "r.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+    assert len(repr(report)) < 300
+    with pytest.raises(onnx_optshift.InputError, match="expected a file name that ends in"):
+        report.save(tmp_path / "r.txt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.html", "r.json"]
 
 
 def test_the_keywords_are_the_fields_of_settings():

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from os import fspath
+from pathlib import Path
 from typing import Any
 
 from onnx_optshift.report.diagnosis import Diagnosis, FlatnessReport
@@ -102,6 +103,7 @@ class LayerReport:
     rows: int | None = None  # calibration rows that met it
     rank: int | None = None  # input directions that matter; with groups their mean, rounded down, and 1 at least
     free: int | None = None  # input directions that do not, over all groups
+    growing: bool | None = None  # whether more data would still raise the rank; None where that was not looked at
     tolerance: float | None = None  # residual that the layer was allowed
     norm_before: float | None = None
     norm_after: float | None = None
@@ -251,7 +253,7 @@ class Timing:
     total: float
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Report:
     """Everything that a run found, decided and measured. Fields as in the JSON report."""
 
@@ -287,6 +289,21 @@ class Report:
         # Python's JSON writes NaN and infinities as bare words, which are read back as strings.
         values: dict[str, Any] = json.loads(json.dumps(asdict(self), default=_plain), parse_constant=str)
         return values
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the report, whole or not at all: as JSON or as a page, by the suffix `.json` or `.html`.
+
+        Raises:
+            InputError: The suffix is another one, or the file cannot be written.
+        """
+        from onnx_optshift.report import files
+
+        files.check_path(Path(path))
+        files.write(self, Path(path))
+        return Path(path)
+
+    def __repr__(self) -> str:
+        return f"Report({self.command!r}, {self.model.input!r}: {self.summary})"
 
 
 def _plain(value: Any) -> Any:
