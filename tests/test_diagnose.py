@@ -13,7 +13,7 @@ from rich.console import Console
 from onnx_optshift.commands.diagnose import diagnose
 from onnx_optshift.diagnosis.verdict import Conditions, verdict
 from onnx_optshift.errors import InputError
-from onnx_optshift.report.diagnosis import FAIL, GO, NO_GO, PASS, TRY_SMALL, WARN, Collapse, LayerRank
+from onnx_optshift.report.diagnosis import FAIL, GO, NO_GO, NOTE, PASS, TRY_SMALL, WARN, Collapse, LayerRank
 from onnx_optshift.report.files import to_json
 from onnx_optshift.report.terminal import render
 from onnx_optshift.settings import Settings
@@ -54,11 +54,14 @@ def test_everything_in_order_is_a_go():
         ({"ranks": (FULL,), "gains": ((1.0, 0.95),)}, "freedom exists", WARN, TRY_SMALL),
         ({"ranks": (FULL,), "gains": ((1.0, 0.5),)}, "freedom exists", PASS, GO),
         ({"ranks": (FULL,), "gains": ((1.0, 0.99),)}, "freedom exists", FAIL, NO_GO),
+        ({"gains": ((1.0, 0.99),)}, "freedom exists", FAIL, NO_GO),
+        ({"exact": 0.992}, "freedom exists", WARN, TRY_SMALL),
+        ({"exact": 0.6}, "freedom exists", PASS, GO),
         ({"judges": 0}, "held-out data", WARN, TRY_SMALL),
         ({"judges": 50}, "held-out data", WARN, TRY_SMALL),
-        ({"ranks": (replace(RANK, d=9),)}, "stochastic: B >= classes", WARN, None),
-        ({"collapse": replace(FEATURES, nc1=0.5)}, "stochastic: features collapsed", WARN, GO),
-        ({"collapse": replace(FEATURES, nc1=9.0)}, "stochastic: features collapsed", WARN, GO),
+        ({"ranks": (replace(RANK, d=9),)}, "stochastic: B >= classes", NOTE, None),
+        ({"collapse": replace(FEATURES, nc1=0.5)}, "stochastic: features collapsed", NOTE, GO),
+        ({"collapse": replace(FEATURES, nc1=9.0)}, "stochastic: features collapsed", NOTE, GO),
     ],
 )
 def test_each_condition_shows(change, name, status, answer):
@@ -66,9 +69,22 @@ def test_each_condition_shows(change, name, status, answer):
     check = next(check for check in found.checks if check.name == name)
     assert check.status == status
     assert (check.advice == "") == (status == PASS)
+    assert found.answer != GO or not {WARN, FAIL} & {check.status for check in found.checks}
+    assert ("--stochastic" in found.why) == (found.answer == GO and status == NOTE)
     if answer is not None:
         assert found.answer == answer
         assert (name in found.why) == (answer != GO)
+
+
+def test_a_small_exact_gain_beside_a_large_one_at_a_tolerance_is_no_go_as_it_is():
+    model = MODELS / "noisy_mlp" / "model.onnx"
+    found = diagnose(model, None, None, Settings(device="cpu"), probes=0).collapse.verdict
+    freedom = next(check for check in found.checks if check.name == "freedom exists")
+    assert (found.answer, freedom.status) == (TRY_SMALL, WARN)
+    assert "give a --tolerance" in freedom.advice
+    loose = diagnose(model, None, None, Settings(device="cpu", tolerance=0.05), probes=0).collapse.verdict
+    assert loose.answer == GO
+    assert loose.why.endswith("Those of --stochastic do not.")
 
 
 def test_no_classes_and_no_layers():

@@ -58,6 +58,6 @@ def diagnose(
             candidate = share_out(outputs, samples, layers.candidate, settings.tolerance, settings.seed).candidate
     flat = flatness_of(prepared.bench, samples, settings, candidate.arrays or None, probes) if probes else None
     found = replace(found, layers=layers, decision=Decision(candidate, Promise(0.0, "noise", samples)))
-    diagnosis = conditions(prepared.bench, layers, data)
+    diagnosis = conditions(prepared.bench, layers, data, exact=settings.tolerance == 0)
     summary = f"{diagnosis.verdict.answer}: {diagnosis.verdict.why}"
     return build_report(found, clock, flatness=flat, collapse=diagnosis, summary=summary)

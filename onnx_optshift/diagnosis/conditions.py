@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from onnx_optshift.calibration.source import Batch, Samples
@@ -11,18 +13,20 @@ from onnx_optshift.diagnosis.collapse import answers, collapse, layer_rank
 from onnx_optshift.diagnosis.verdict import JUDGED_AT, Conditions, verdict
 from onnx_optshift.report.diagnosis import Diagnosis
 from onnx_optshift.run.bench import Bench
+from onnx_optshift.run.candidate import LayerFacts
 from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.outputs import Values
 from onnx_optshift.run.prepare import Data
 
 
-def conditions(bench: Bench, layers: Layers, data: Data) -> Diagnosis:
+def conditions(bench: Bench, layers: Layers, data: Data, *, exact: bool = False) -> Diagnosis:
     """Features of the last layer, ranks of all, and the verdict.
 
     Args:
         bench: Runs the original model.
         layers: All layers, with the statistics of all calibration samples.
         data: The samples of the run.
+        exact: Whether the question is an exact shift, whose gain then counts too.
     """
     samples, outputs = data.calibration, bench.outputs
     loss, facts = loss_of(outputs, samples), layers.survey()
@@ -51,9 +55,17 @@ def conditions(bench: Bench, layers: Layers, data: Data) -> Diagnosis:
             collapse=features,
             judges=len(data.heldout) if data.heldout is not None else 0,
             judges_given=data.heldout is not None and not data.split,
+            exact=_left(facts.values(), 0.0) if exact else None,
         )
     )
     return Diagnosis(answer, features, tuple(ranks))
+
+
+def _left(facts: Iterable[LayerFacts], tolerance: float) -> float:
+    """The norm², over all layers, that shifts at one residual leave of the original's."""
+    pairs = [(fact.norm**2, dict(fact.frontier)[tolerance] ** 2) for fact in facts]
+    whole = sum(norm for norm, _ in pairs)
+    return sum(norm * ratio for norm, ratio in pairs) / whole if whole else 1.0
 
 
 def _telling(loss: Loss, samples: Samples, batch: Batch, outputs: Values) -> str | None:

@@ -8,7 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onnx_optshift.report.diagnosis import FAIL, GO, NO_GO, PASS, TRY_SMALL, WARN, Check, Collapse, LayerRank, Verdict
+from onnx_optshift.report.diagnosis import (
+    FAIL,
+    GO,
+    NO_GO,
+    NOTE,
+    PASS,
+    TRY_SMALL,
+    WARN,
+    Check,
+    Collapse,
+    LayerRank,
+    Verdict,
+)
 
 # Rows per input feature. Below 1 some freedom is but a lack of data; twice that is what synthetic inputs get.
 ENOUGH_ROWS = 2.0
@@ -37,13 +49,14 @@ class Conditions:
     collapse: Collapse | None  # at the last linear layer; None where it could not be measured
     judges: int  # held-out samples; 0 without any
     judges_given: bool  # whether they were given, not split off
+    exact: float | None = None  # ‖W‖² / ‖V‖² over all layers of the exact shift; None where a tolerance is asked for
 
 
 def verdict(conditions: Conditions) -> Verdict:
     """The checklist, and its answer.
 
-    A failed check is a no-go, a warning means to try small. Two checks concern `--stochastic` alone: they warn, but do
-    not hold back the rest.
+    A failed check is a no-go, a warning means to try small, so that a go stands beside neither. Two checks concern
+    `--stochastic` alone: they are notes, which hold back nothing else.
     """
     if not conditions.ranks:
         check = Check("layers", FAIL, "no layer that could be shifted got finite rows", "See inspect for the reasons.")
@@ -59,7 +72,8 @@ def verdict(conditions: Conditions) -> Verdict:
         return Verdict(NO_GO, f"Not met: {', '.join(failed)}.", checks)
     if warned:
         return Verdict(TRY_SMALL, f"Start with one layer or a small tolerance; watch: {', '.join(warned)}.", checks)
-    return Verdict(GO, "All conditions hold; the held-out gate still decides.", checks)
+    noted = " Those of --stochastic do not." if any(check.status == NOTE for check in checks) else ""
+    return Verdict(GO, f"All conditions hold; the held-out gate still decides.{noted}", checks)
 
 
 def _check(name: str, figure: str, *rules: tuple[bool, str, str]) -> Check:
@@ -99,14 +113,18 @@ def _freedom(conditions: Conditions) -> Check:
     free = sum(rank.free for rank in conditions.ranks)
     whole = sum(norm for norm, _ in conditions.gains)
     share = sum(norm * ratio for norm, ratio in conditions.gains) / whole if whole else 1.0
+    left = "" if conditions.exact is None else f"exactly, norm² falls to {conditions.exact:.3g} of itself, "
+    gains_little = conditions.exact is not None and conditions.exact > WORTH_IT
     layers = sum(rank.free > 0 for rank in conditions.ranks)
+    loose = "An exact shift gains little: give a --tolerance, and let held-out data decide."
     nothing = "Nothing to gain: training (weight decay) has already taken what the norm could give."
     return _check(
         "freedom exists",
-        f"{free} free directions in {layers} of {len(conditions.ranks)} layers; at a layer residual of {JUDGED_AT:g} "
-        f"norm² falls to {share:.2f} of itself",
-        (share > HARDLY and not free, FAIL, nothing),
-        (share > WORTH_IT and not free, WARN, "Little to gain: look at the frontier before taking a tolerance."),
+        f"{free} free directions in {layers} of {len(conditions.ranks)} layers; {left}at a layer residual of "
+        f"{JUDGED_AT:g} {'' if left else 'norm² falls '}to {share:.2f}{'' if left else ' of itself'}",
+        (share > HARDLY, FAIL, nothing),
+        (share > WORTH_IT, WARN, "Little to gain: look at the frontier before taking a tolerance."),
+        (gains_little, WARN, loose),
     )
 
 
@@ -129,8 +147,8 @@ def _batch(conditions: Conditions, classes: int) -> Check:
     return _check(
         "stochastic: B >= classes",
         f"B may be {seen} to {most}: classes seen, and less than the last layer's width {last} or the samples",
-        (most < seen, WARN, "Leave --stochastic out: a batch of every class leaves no freedom."),
-        (seen < classes, WARN, "A batch can hold only classes that are there."),
+        (most < seen, NOTE, "Leave --stochastic out: a batch of every class leaves no freedom."),
+        (seen < classes, NOTE, "A batch can hold only classes that are there."),
     )
 
 
@@ -139,6 +157,6 @@ def _collapsed(collapse: Collapse) -> Check:
     return _check(
         "stochastic: features collapsed",
         f"NC1 {collapse.nc1:.3g}{nc4} at the input of {collapse.layer}",
-        (collapse.nc1 > LOOSE, WARN, "Take a tolerance on all samples instead of --stochastic."),
-        (collapse.nc1 > COLLAPSED, WARN, "Take a large B, and let held-out data choose the draw."),
+        (collapse.nc1 > LOOSE, NOTE, "Take a tolerance on all samples instead of --stochastic."),
+        (collapse.nc1 > COLLAPSED, NOTE, "Take a large B, and let held-out data choose the draw."),
     )

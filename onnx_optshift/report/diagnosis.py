@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PASS, WARN, FAIL = "pass", "warn", "fail"
+PASS, NOTE, WARN, FAIL = "pass", "note", "warn", "fail"
 GO, TRY_SMALL, NO_GO = "go", "try small", "no-go"
 
 
@@ -113,7 +113,7 @@ class Check:
     """One condition."""
 
     name: str  # what must hold
-    status: str  # pass, warn or fail
+    status: str  # pass, warn or fail; note for what only another mode needs, and has not
     figure: str  # what was found, with its number
     advice: str = ""  # what to do; empty when it passed
 
