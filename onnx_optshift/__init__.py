@@ -10,18 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnx_optshift.api import diagnose, inspect, shift, verify
-    from onnx_optshift.errors import DeviceError, InputError, OptShiftError, ToleranceError
+    from onnx_optshift.errors import DeviceError, InputError, OptShiftError, OptShiftWarning, ToleranceError
     from onnx_optshift.report.model import Report
     from onnx_optshift.settings import Settings
 
     __version__: str
 
-__all__ = ["DeviceError", "InputError", "OptShiftError", "Report", "Settings", "ToleranceError"]
+__all__ = ["DeviceError", "InputError", "OptShiftError", "OptShiftWarning", "Report", "Settings", "ToleranceError"]
 __all__ += ["__version__", "diagnose", "inspect", "shift", "verify"]
 
 _HOMES = {
     "api": ("diagnose", "inspect", "shift", "verify"),
-    "errors": ("DeviceError", "InputError", "OptShiftError", "ToleranceError"),
+    "errors": ("DeviceError", "InputError", "OptShiftError", "OptShiftWarning", "ToleranceError"),
     "report.model": ("Report",),
     "settings": ("Settings",),
 }

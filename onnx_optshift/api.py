@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Unpack
@@ -12,13 +13,15 @@ from onnx_optshift.commands import shift as shift_command
 from onnx_optshift.commands import verify as verify_command
 from onnx_optshift.commands.shift import Result
 from onnx_optshift.diagnosis.flatness import DEFAULT_PROBES
-from onnx_optshift.errors import InputError, closest
+from onnx_optshift.errors import InputError, OptShiftWarning, closest
 from onnx_optshift.report.model import Report
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.settings import Choices, Settings
 
 if TYPE_CHECKING:
     import onnx
+
+NO_DATA = "no calibration data: the model was shifted on random inputs. Give real data before relying on the result."
 
 
 def shift(
@@ -40,14 +43,18 @@ def shift(
         **settings: Fields of `Settings`.
 
     Returns:
-        The result; `result.save("out.onnx")` writes the file.
+        The result; `result.save("out.onnx")` writes the file. There is an `OptShiftWarning` where inputs are made up.
 
     Raises:
         InputError: The model, the data or a setting cannot be used.
         DeviceError: The device is not available.
         ToleranceError: The outputs left the tolerance and backing off did not help.
     """
-    return shift_command.run(model, None, _sources(calibration), _sources(heldout), _settings(settings), progress)
+    data, other = _sources(calibration), _sources(heldout)
+    result = shift_command.run(model, None, data, other, _settings(settings), progress)
+    if result.report.calibration is not None and result.report.calibration.synthetic:
+        warnings.warn(NO_DATA, OptShiftWarning, stacklevel=2)
+    return result
 
 
 def inspect(

@@ -24,6 +24,10 @@ class ToleranceError(OptShiftError):
     exit_code = 3
 
 
+class OptShiftWarning(UserWarning):
+    """A result that should not be relied on as it is, such as one from made-up data."""
+
+
 def closest(name: str, candidates: list[str], limit: int = 3) -> str:
     """A hint such as ` Close matches: 'a', 'b'.` for what a user wrote, or an empty string when nothing is close."""
     import difflib  # only needed on the way to an error message

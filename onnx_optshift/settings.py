@@ -53,7 +53,8 @@ class Settings:
         save_as_external_data: Whether weights go to a data file beside the model; False keeps the original's way,
             so that nothing changes but the shifted weights.
         dry_run: Whether everything runs except that no model is written.
-        force: Whether to go on where a refusal that names this can be overridden; False, the default.
+        force: Whether to go on where a refusal that names this can be overridden, as fewer than 16 distinct samples;
+            False, the default.
         heldout_fraction: Share of the calibration samples (0 to 1, exclusive) that judges where no held-out data is
             given. A fifth, the usual share of a five-fold split, leaves most rows to find the freedom with.
         custom_op_library: Shared library with the model's custom operators; None when it has none.

@@ -27,7 +27,8 @@ MOST_NOISE = {"float32": 1e-3, "float64": 1e-5}
 
 def shift(model: Path, out: Path, data: Path) -> dict:
     report = out.with_suffix(".json")
-    code = main([str(model), str(out), "--calib", str(data), "--device", "cpu", "--quiet", "--report", str(report)])
+    options = ["--force", "--device", "cpu", "--quiet", "--report", str(report)]  # of few samples, some of them
+    code = main([str(model), str(out), "--calib", str(data), *options])
     assert code == 0
     return json.loads(report.read_text())
 

@@ -3,6 +3,7 @@
 import io
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx
@@ -14,7 +15,7 @@ from onnx_optshift import api
 from onnx_optshift.commands import publish, shift
 from onnx_optshift.commands.verify import verify
 from onnx_optshift.decide.gate import Gate
-from onnx_optshift.errors import InputError
+from onnx_optshift.errors import InputError, OptShiftWarning
 from onnx_optshift.report.terminal import render
 from onnx_optshift.settings import Settings
 
@@ -63,6 +64,14 @@ def refuse(monkeypatch):
         return replace(trial, accepted=False, reason="held-out loss rises by 1"), after
 
     monkeypatch.setattr(Gate, "_judge", refused)
+
+
+def lenient(judge):
+    def accepted(*arguments):
+        trial, after = judge(*arguments)
+        return replace(trial, accepted=True, reason="fine"), after
+
+    return accepted
 
 
 def disprove(monkeypatch):
@@ -205,9 +214,56 @@ def test_made_up_data_is_said_in_the_sentence():
         "g (float[N,8] x) => (float[N,3] y) { z = Mul(x, m)  y = MatMul(z, W) }",
         {"W": tiny.weight(8, 3), "m": np.array([1, 1, 1, 0, 0, 0, 0, 0], np.float32)},
     )
-    summary = api.shift(dead, device="cpu").report.summary
+    with pytest.warns(OptShiftWarning, match="no calibration data: .* random inputs"):
+        summary = api.shift(dead, device="cpu").report.summary
     assert summary.startswith("1 of 1 layers shifted")
     assert "on random inputs only: there was no calibration data" in summary
+
+
+@pytest.mark.parametrize("heldout", ["none", None], ids=["no gate", "split"])
+@pytest.mark.parametrize(("distinct", "rows"), [(1, 1000), (1, 1), (15, 40)])
+def test_too_few_different_samples_are_refused(distinct, rows, heldout, tmp_path):
+    x = np.resize(data(8)["x"][:distinct], (rows, 8))
+    onnx.save(model(), tmp_path / "in.onnx")
+    run = partial(shift.run, tmp_path / "in.onnx", tmp_path / "out.onnx", [{"x": x}], [heldout] if heldout else None)
+    choices = {"device": "cpu", "tolerance": 0.0 if distinct == 1 else 0.1}
+    with pytest.raises(InputError, match=rf"{distinct} distinct samples? found, expected at least 16.*--force"):
+        run(Settings(**choices))
+    assert [path.name for path in tmp_path.iterdir()] == ["in.onnx"]
+    report = run(Settings(force=True, **choices)).report
+    assert re.search(rf", on {distinct} distinct samples? only: other inputs may need", report.summary)
+
+
+def test_enough_different_samples_or_judges_are_not_refused():
+    assert "distinct" not in api.shift(model(), data(1, 16), heldout="none", device="cpu").report.summary
+    found = api.shift(model(), data(1, 4), heldout=data(1, 40), device="cpu").report
+    assert found.summary.startswith("2 of 2 layers shifted")
+
+
+def test_a_rank_that_grows_with_the_samples_is_said():
+    """Twenty rows of 64 inputs against rows of three directions: only the first would have more with more data."""
+    wide = tiny.model("g (float[N,64] x) => (float[N,3] y) { y = MatMul(x, W) }", {"W": tiny.weight(64, 3)})
+    low = tiny.weight(20, 3) @ tiny.weight(3, 64)
+    report = api.shift(wide, {"x": tiny.weight(20, 64)}, heldout="none", device="cpu").report
+    assert report.layers[0].growing
+    assert "rank 20 of 64 (W), still growing: more calibration data would leave less freedom" in report.summary
+    assert api.shift(wide, {"x": low}, heldout="none", device="cpu").report.layers[0].growing is False
+    assert "still growing" in api.inspect(wide, {"x": tiny.weight(20, 64)}, device="cpu").summary
+    assert "growing" not in api.inspect(wide, {"x": low}, device="cpu").summary
+
+
+def test_a_part_of_the_samples_shows_that_the_rank_grows(monkeypatch):
+    """Many rows of few directions each, so that their number says nothing: 30 samples of 4 rows, 2 directions each."""
+    rows = np.concatenate([tiny.weight(4, 2, seed=k) @ tiny.weight(2, 96, seed=100 + k) for k in range(30)])
+    text = "g (float[N,4,96] x) => (float[N,4,3] y) { y = MatMul(x, W) }"
+    wide = tiny.model(text, {"W": tiny.weight(96, 3)})
+    monkeypatch.setattr(Gate, "_judge", lenient(Gate._judge))
+    found = api.shift(wide, {"x": rows.reshape(30, 4, 96)}, device="cpu").report
+    (layer,) = found.layers
+    assert (layer.rows, layer.rank, layer.growing) == (120, 60, True)
+    assert "rank 60 of 96 (W), still growing" in found.summary
+    same = np.tile(rows[:64].reshape(16, 4, 96), (4, 1, 1))
+    assert not api.shift(wide, {"x": same}, device="cpu").report.layers[0].growing
 
 
 def test_a_model_beside_itself_is_the_same_and_was_not_written(tmp_path):

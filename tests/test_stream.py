@@ -122,7 +122,8 @@ def test_a_run_counts_real_samples_whatever_the_batch():
     calibration, heldout = ({"x": part, "labels": np.arange(len(part)) % 3} for part in (x[:9], x[9:]))
     found = []
     for batch in (SIZE, "n"):
-        result = onnx_optshift.shift(model("matrix", batch), calibration, heldout=heldout, tolerance=0.05, device="cpu")
+        choices = {"tolerance": 0.05, "device": "cpu", "force": True}  # of nine samples
+        result = onnx_optshift.shift(model("matrix", batch), calibration, heldout=heldout, **choices)
         (layer,), proof, judged = result.report.layers, result.report.verification, result.report.heldout_result
         assert layer.status == "shifted"
         output = proof.outputs[0]

@@ -206,7 +206,7 @@ def test_the_pass_keeps_outputs_and_moves_those_weights(name: str, storage: str,
     proto = STORAGE[storage](case.proto)
     path, out = tmp_path / "in.onnx", tmp_path / "out.onnx"
     onnx.save(proto, path)
-    result = shift.run(path, out, [case.feeds], ["none"], Settings(device="cpu"))
+    result = shift.run(path, out, [case.feeds], ["none"], Settings(device="cpu", force=True))
     statuses = {layer.name: layer.status for layer in result.report.layers}
     assert "shifted" in statuses.values(), [layer.reason for layer in result.report.layers]
     scale = max(np.abs(value).max() for values in outputs(path.read_bytes(), case.feeds) for value in values)
@@ -214,7 +214,7 @@ def test_the_pass_keeps_outputs_and_moves_those_weights(name: str, storage: str,
     # Freedom was really used: other inputs give other outputs.
     others = [{k: (x_of(9, *v.shape) if v.dtype == np.float32 else v) for k, v in feed.items()} for feed in case.feeds]
     assert _moved(path, out, others) > 1e-3 * scale
-    again = shift.run(out, tmp_path / "again.onnx", [case.feeds], ["none"], Settings(device="cpu"))
+    again = shift.run(out, tmp_path / "again.onnx", [case.feeds], ["none"], Settings(device="cpu", force=True))
     assert all(layer.status != "shifted" for layer in again.report.layers)
     assert (tmp_path / "again.onnx").read_bytes() == out.read_bytes()
 
@@ -234,7 +234,7 @@ def test_one_name_in_both_branches_means_two_tensors(tmp_path) -> None:
     model = ModelFile.load(proto)
     assert set(model.tensors) >= {"W#1", "W#2"}
     assert np.array_equal(model.initializer("W#2"), 2 * W)
-    result = shift.run(proto, tmp_path / "out.onnx", [case.feeds], ["none"], Settings(device="cpu"))
+    result = shift.run(proto, tmp_path / "out.onnx", [case.feeds], ["none"], Settings(device="cpu", force=True))
     norms = {layer.name: layer.norm_before for layer in result.report.layers}
     assert norms["W#2"] == pytest.approx(2 * norms["W#1"])
     assert all(layer.status == "shifted" for layer in result.report.layers)
@@ -269,7 +269,7 @@ def test_renaming_and_inlining_change_no_output(name: str) -> None:
 def test_a_branch_that_is_never_taken_keeps_its_weight(tmp_path) -> None:
     case = CASES["if"]
     feeds = [feed for feed in case.feeds if not feed["c"]]
-    result = shift.run(case.proto, tmp_path / "out.onnx", [feeds], ["none"], Settings(device="cpu"))
+    result = shift.run(case.proto, tmp_path / "out.onnx", [feeds], ["none"], Settings(device="cpu", force=True))
     (layer,) = result.report.layers
     assert layer.status == "unchanged"
     assert "no calibration row reached the layer" in layer.reason
@@ -283,7 +283,7 @@ GROWING = """g (float[N,8] x, int64 n) => (float[M,8] y, float[M,5] z) { t = Con
 
 def test_an_input_that_changes_its_shape_between_iterations_is_skipped(tmp_path) -> None:
     proto = tiny.model(GROWING, {"V": V, "W": W})
-    result = shift.run(proto, tmp_path / "out.onnx", [TRIPS], ["none"], Settings(device="cpu"))
+    result = shift.run(proto, tmp_path / "out.onnx", [TRIPS], ["none"], Settings(device="cpu", force=True))
     by_name = {layer.name: layer for layer in result.report.layers}
     assert by_name["V"].status == "skipped"
     assert "stack" in by_name["V"].reason
@@ -294,5 +294,5 @@ def test_a_shape_that_changes_later_on_is_an_error_that_says_so(tmp_path) -> Non
     proto = tiny.model(GROWING, {"V": V, "W": W})
     once_first = [{**TRIPS[0], "n": np.array(1, np.int64)}, TRIPS[2]]
     with pytest.raises(InputError, match="nodes-to-exclude"):
-        shift.run(proto, tmp_path / "out.onnx", [once_first], ["none"], Settings(device="cpu"))
+        shift.run(proto, tmp_path / "out.onnx", [once_first], ["none"], Settings(device="cpu", force=True))
     assert not (tmp_path / "out.onnx").exists()

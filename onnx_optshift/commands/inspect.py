@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnx_optshift.commands.enough import growth
 from onnx_optshift.decide.decision import Decision
 from onnx_optshift.prove.floor import Promise
 from onnx_optshift.report.build import Clock, Findings, build_report
@@ -47,4 +48,5 @@ def _summary(layers: Sequence[LayerReport]) -> str:
     if not any(layer.rank is not None for layer in candidates):
         return f"{len(candidates)} layers, {skipped} skipped; which of them have freedom, calibration data would tell."
     free = [layer for layer in candidates if layer.free]
-    return f"{len(candidates)} layers, {len(free)} with freedom, {skipped} skipped."
+    more = growth(candidates)
+    return f"{len(candidates)} layers, {len(free)} with freedom, {skipped} skipped{'; ' * bool(more)}{more}."

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnx_optshift.commands.enough import check_distinct, growth
 from onnx_optshift.commands.outcome import shift_summary
 from onnx_optshift.commands.places import check_places
 from onnx_optshift.commands.publish import published
@@ -87,19 +88,22 @@ def run(
         target = output or _hidden(stack, prepared)
         found = Findings("shift", prepared)
         grounds: Grounds | None = None
+        few = ""
         if prepared.data is not None and prepared.weights:
             with clock("capture"):
                 full, fit = captured(prepared, prepared.data, objective_of(prepared))
             with clock("solve"):
                 grounds = grounds_of(prepared, prepared.data, full, fit)
                 decision = choose(grounds, settings, partial(drawn_layers, prepared, grounds))
+            if decision.candidate.arrays:
+                few = check_distinct(prepared.data.calibration, prepared.data.heldout, force=settings.force)
             found = replace(found, layers=full, decision=decision, gate=grounds.gate)
         with clock("verify"):
             written, sha256, proof, decided = published(prepared, grounds, found.decision, target)
         with written:
             # Whatever may still fail or be interrupted comes before the rename: OUT appears last.
             found = replace(found, decision=decided, sha256=sha256, verification=proof, output=output)
-            report = _report(found, clock, off)
+            report = _report(found, clock, off, few)
             written.commit()
         result = Result(report, target)
         weakref.finalize(result, stack.pop_all().close)  # a temporary file lives as long as the result
@@ -115,16 +119,18 @@ def _hidden(stack: ExitStack, prepared: Prepared) -> Path:
     return folder / target.name
 
 
-def _report(found: Findings, clock: Clock, warnings: tuple[str, ...]) -> Report:
+def _report(found: Findings, clock: Clock, warnings: tuple[str, ...], few: str) -> Report:
     data, decision, settings = found.prepared.data, found.decision, found.prepared.settings
     report = build_report(found, clock, warnings=(*(data.warnings if data else ()), *warnings), summary="")
     if settings.flatness and data is not None and found.prepared.weights and decision is not None:
         arrays = decision.candidate.arrays or None
         report = replace(report, flatness=flatness_of(found.prepared.bench, data.calibration, settings, arrays))
-    where = ""
+    where = few
     if data is not None and decision is not None and len(decision.promise.covered) < len(data.calibration):
-        where = f" on the {len(decision.promise.covered)} samples that the stochastic shift keeps"
+        where += f" on the {len(decision.promise.covered)} samples that the stochastic shift keeps"
     if data is not None and data.calibration.synthetic:
         where += ", on random inputs only: there was no calibration data"
+    if more := growth([layer for layer in report.layers if layer.status == "shifted"]):
+        where += f"; {more}"
     summary = shift_summary(report.layers, found.verification, where, written=found.output is not None)
     return replace(report, summary=summary, timing=clock.timing())

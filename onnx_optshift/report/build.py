@@ -132,6 +132,7 @@ def _layer(weight: Weight, findings: Findings) -> schema.LayerReport:
     known = replace(known, **{f.name: found[f.name] for f in fields(known) if f.name in found})
     return replace(
         known,
+        growing=layers.growing(weight),
         tolerance=None if moved is None else decision.candidate.tolerance if moved.allowed is None else moved.allowed,
         norm_before=facts.norm,
         norm_after=moved.shift.norm_after if moved else facts.norm,

@@ -57,6 +57,6 @@ def captured(prepared: Prepared, data: Data, objective: Objective) -> tuple[Laye
         layers = make(store, judge)
         return layers, layers
     fit = bench.statistics(data.fit)
-    if len(fit.waves) > 1:
-        return make(bench.statistics(data.calibration)), make(fit, judge)
-    return make(fit.merged(held)), make(fit, judge)
+    layers = make(bench.statistics(data.calibration) if len(fit.waves) > 1 else fit.merged(held))
+    layers.part = make(fit, judge)
+    return layers, layers.part

@@ -36,6 +36,8 @@ NONFINITE_SLOPES = "by the plain norm, as its input becomes NaN or infinite wher
 
 # Places along a layer's spectrum that the report shows, and the tolerances of its frontier.
 SPECTRUM_POINTS = 33
+# Directions, as a share of all, that a rank rises by from a part of the samples to all of them while it still grows.
+MORE_RANK = 0.01
 FRONTIER = (0.0, 0.003, 0.01, 0.03, 0.1, 0.2)
 
 
@@ -59,6 +61,7 @@ class Layers:
     Attributes:
         candidate: Shifts of all weights at one residual tolerance per layer, wave by wave.
         facts: What is known of each layer that was looked at, by initializer name.
+        part: The same layers by a part of the same samples; None where there are none.
     """
 
     def __init__(
@@ -79,6 +82,7 @@ class Layers:
         self.store = store
         self.objective: Objective = objective or Norm()
         self.facts: dict[str, LayerFacts] = {}
+        self.part: Layers | None = None
         self._content = content
         self._device = device
         self._slopes = slopes
@@ -138,6 +142,18 @@ class Layers:
         shift = Shift.moved_to(coordinates, on_grid(problem, self.objective.grids[0], start), outcome=Outcome.SNAPPED)
         array = finished(shift.matrix, weight.form, self._content(weight.name).dtype)
         return replace(self.measured(weight, problem, shift, array), allowed=start.residual)
+
+    def growing(self, weight: Weight) -> bool | None:
+        """Whether the rank of a layer is low only because samples are few; None where the layer was not looked at.
+
+        It is where a part of them has a lower one, or where there are no more rows than directions.
+        """
+        facts, part = self.facts.get(weight.name), self.part.facts.get(weight.name) if self.part else None
+        if facts is None:
+            return None
+        if part is None:
+            return facts.free > 0 and facts.rows <= facts.rank
+        return part.free - facts.free > max(1, MORE_RANK * weight.groups * weight.d)
 
     def judging(self, weight: Weight) -> torch.Tensor:
         """AᵀA `[g, d, d]` of rows that did not fit a weight; of those that did where there are no others."""
