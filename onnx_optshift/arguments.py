@@ -10,7 +10,7 @@ from typing import Any, Never
 
 from onnx_optshift import completion
 from onnx_optshift.errors import InputError, closest
-from onnx_optshift.options import DIAGNOSE, GROUPS, INSPECT, PROGRAM, SHIFT, VERIFY
+from onnx_optshift.options import DIAGNOSE, GROUPS, INSPECT, PROGRAM, SHIFT, VERIFY, path_of
 from onnx_optshift.report import files
 from onnx_optshift.settings import Settings
 
@@ -106,6 +106,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     args.command = command
     if args.quiet and args.verbose:
         parser.error("--quiet and --verbose contradict each other: give one of them")
+    if getattr(args, "heldout", None) and hasattr(args, "heldout_fraction"):
+        parser.error("--heldout-fraction splits nothing off where --heldout is given: leave one of them out")
+    args.report = list(dict.fromkeys(args.report))
+    first = words[0] if words else ""
+    if command == SHIFT and first.isalpha() and not Path(first).exists() and (hint := closest(first, list(COMMANDS))):
+        parser.error(f"{first!r}: no such command, and no such file.{hint}".removesuffix("."))
     args.settings = Settings(**{f.name: getattr(args, f.name) for f in fields(Settings) if hasattr(args, f.name)})
     wanted = COMMANDS[command].files
     if command == SHIFT and args.settings.dry_run and len(args.files) == 1:
@@ -142,7 +148,7 @@ def parser_for(command: str) -> argparse.ArgumentParser:
         argument_default=argparse.SUPPRESS,
     )
     listed = "the model; OUT: the file to write, may be IN" if command == SHIFT else "ONNX files"
-    parser.add_argument("files", nargs="*", type=Path, default=[], metavar=names, help=listed)
+    parser.add_argument("files", nargs="*", type=path_of, default=[], metavar=names, help=listed)
     for title, options in GROUPS.items():
         group = parser.add_argument_group(title)
 

@@ -103,6 +103,8 @@ def _explained(error: Exception, *, verbose: bool) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, OptShiftError):
         return str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror.lower()}. Choose files and folders that you may use."
     # Torch's own ways to say it are plain RuntimeErrors on the host.
     torch_says = isinstance(error, RuntimeError) and ("DefaultCPUAllocator" in text or "CUDA out of memory" in text)
     if isinstance(error, MemoryError) or torch_says:

@@ -39,6 +39,15 @@ def _bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[(match[2] or "").upper()])
 
 
+def _named(text: str) -> str:
+    if not text:
+        raise ValueError
+    return text
+
+
+# A path of no characters would mean the current folder.
+path_of = _read_as("a file name", lambda text: Path(_named(text)))
+_source = _read_as("a path", _named)
 _number = _read_as("a number", float)
 _number_or_auto = _read_as("auto or a number", float)
 _whole = _read_as("a whole number", int)
@@ -49,7 +58,7 @@ _size = _read_as("bytes, or a size such as 512M or 2G", _bytes)
 _FLAG: dict[str, Any] = {"action": "store_true"}
 _N: dict[str, Any] = {"type": _whole, "metavar": "N"}
 _SEVERAL: dict[str, Any] = {"nargs": "+", "action": "extend"}
-_SOURCES: dict[str, Any] = {"metavar": "SRC", "default": None, **_SEVERAL}
+_SOURCES: dict[str, Any] = {"type": _source, "metavar": "SRC", "default": None, **_SEVERAL}
 # Takes the commands that have an option, its flags, its help, and what argparse takes.
 _Add = Callable[..., None]
 
@@ -156,7 +165,7 @@ def _output(add: _Add) -> None:
         "--report",
         "write the whole report to this file, as .json or as .html for people, or as JSON to standard output (-), "
         "where nothing else is printed then; may be given several times",
-        type=Path,
+        type=path_of,
         action="append",
         default=[],
         metavar="FILE",

@@ -136,6 +136,11 @@ class Settings:
         _check_known("objective", self.objective, OBJECTIVES)
         _check_known("row_weighting", self.row_weighting, ROW_WEIGHTINGS)
         _check_known("range_scope", self.range_scope, RANGE_SCOPES, "; for blocks give range_block")
+        if self.range_scope == "tensor" and self.range_block is not None:
+            raise InputError(
+                f"range_scope 'tensor' and range_block {self.range_block} contradict each other: a scale is shared by "
+                "the whole weight or by a block of it. Give one of them."
+            )
         if not isinstance(self.device, str) or not _DEVICE.fullmatch(self.device):
             raise InputError(
                 f"device: expected auto, cpu, cuda or cuda:N with a device number N, found {self.device!r}."

@@ -74,7 +74,7 @@ def test_two_files_alone_mean_the_defaults(called, capsys):
 def test_every_option_arrives():
     args = parse([
         *FILES,
-        *("--calib", "a.npz", "b.npz", "--heldout", "h.npz", "--heldout-fraction", "0.3", "--labels", "y"),
+        *("--calib", "a.npz", "b.npz", "--heldout", "h.npz", "--labels", "y"),
         *("--max-samples", "9", "--tolerance", "0.25", "--objective", "range", "-ni", "a*", "-ne", "b", "re:c"),
         *("--op-types", "Gemm", "Conv", "--dry-run", "--save-as-external-data", "--device", "cuda:1"),
         *("--providers", "cuda", "cpu", "--batch-size", "4", "--max-memory", "2G", "--seed", "5"),
@@ -82,8 +82,8 @@ def test_every_option_arrives():
     ])  # fmt: skip
     assert args.calibration == ["a.npz", "b.npz"]
     assert args.heldout == ["h.npz"]
+    assert parse([*FILES, "--heldout-fraction", "0.3"]).settings == Settings(heldout_fraction=0.3)
     assert args.settings == Settings(
-        heldout_fraction=0.3,
         labels="y",
         max_samples=9,
         tolerance=0.25,

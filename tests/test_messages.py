@@ -1,6 +1,7 @@
 """What goes wrong between a user and the runtime is one message: the file, the place, and what to do next."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -115,13 +116,69 @@ def test_labels_that_do_not_fit_name_their_file(change, message, tmp_path, capsy
     [
         (["--labels", "nolabel"], "no array 'nolabel' with labels"),
         (["--heldout", "data.npz", "--labels", "nolabel"], "no array 'nolabel' with labels"),
-        (["--heldout", "data.npz", "--heldout-fraction", "0.3"], "nothing is split off where held-out data is given"),
+        (["--heldout", "data.npz", "--heldout-fraction", "0.3"], "splits nothing off where --heldout is given"),
+        (["--heldout", "none", "--heldout-fraction", "0.2"], "splits nothing off where --heldout is given"),
     ],
 )
 def test_what_would_be_ignored_is_refused(words, message, tmp_path, monkeypatch, capsys):
     shutil.copy(MODEL / "heldout.npz", tmp_path / "data.npz")
     monkeypatch.chdir(tmp_path)
     assert message in failing([MODEL / "model.onnx", "out.onnx", *words], capsys)
+
+
+@pytest.mark.parametrize(
+    ("make", "words", "message"),
+    [
+        (os.mkfifo, "{} out.onnx", "a pipe or a device, and a model is read several times. Save it as a file."),
+        (os.mkfifo, "model.onnx out.onnx --calib {}", "cannot be read again on each pass. Save the data as a file."),
+        (
+            lambda path: path.write_bytes(b"\xff\0\0\0\0\0\0\0{}"),
+            "model.onnx out.onnx --calib {}.safetensors",
+            "it is cut short. Write the file again",
+        ),
+        (Path.touch, "model.onnx out.onnx --custom-op-library {}.so", "no such file. Give a shared library"),
+        (Path.touch, "model.onnx out.onnx --custom-op-library {}", "cannot load it, as it must a shared library"),
+        (Path.touch, "inspct model.onnx", "'inspct': no such command, and no such file. Close matches: 'inspect'"),
+    ],
+)
+def test_files_of_other_kinds(make, words, message, tmp_path, monkeypatch, capsys):
+    shutil.copy(MODEL / "model.onnx", tmp_path)
+    shutil.copy(MODEL / "calibration.npz", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / ("odd.safetensors" if "safetensors" in words else "odd"))
+    assert message in failing(words.format("odd").split(), capsys)
+    assert not (tmp_path / "out.onnx").exists()
+
+
+@pytest.mark.parametrize("words", [("", "out.onnx"), ("m.onnx", ""), ("m.onnx", "o.onnx", "--calib", "")])
+def test_no_name_does_not_mean_the_current_folder(words, capsys):
+    assert "found ''" in failing(words, capsys)
+    with pytest.raises(InputError, match="no calibration data given"):
+        api.inspect(flattened(), "")
+
+
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch, capsys):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "data").mkdir()
+    with monkeypatch.context() as refusing:
+        refusing.setattr(Path, "iterdir", refuse)
+        words = ["inspect", MODEL / "model.onnx", "--calib", tmp_path / "data"]
+        assert failing(words, capsys) == f"{tmp_path / 'data'}: permission denied. Choose data that you may read."
+        refusing.setattr(Path, "is_dir", refuse)  # as where the folder above may not be searched
+        assert "permission denied. Choose files and folders that you may use." in failing(words, capsys)
+
+
+def test_what_a_script_prints_is_no_part_of_the_report(tmp_path, capsys):
+    script = tmp_path / "data.py"
+    data = str(MODEL / "calibration.npz")
+    script.write_text(f"import numpy as np\ndef load():\n    print('hello')\n    return dict(np.load({data!r}))\n")
+    words = ["inspect", str(MODEL / "model.onnx"), "--calib", f"{script}:load", *("--report", "-") * 2]
+    assert main(words) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["command"] == "inspect"  # once, although it was asked for twice
+    assert "hello" in err
 
 
 def test_labels_of_no_data_are_refused():

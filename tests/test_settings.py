@@ -78,6 +78,7 @@ def test_accepted(given, field, kept):
         ({"range_block": 32}, "range_block only has a meaning with the objective 'range' or quantization_bits"),
         ({"range_scope": "tensor", "objective": "curvature"}, "range_scope only has a meaning with"),
         ({"snap": False, "quantization_bits": 4}, r"no-snap\) only has a meaning with the objective 'range'\. Give"),
+        ({"objective": "range", "range_scope": "tensor", "range_block": 32}, "contradict each other: a scale"),
         ({"max_drift": 0.3, "tolerance": 0.1}, "are two questions"),
         ({"input_shapes": 3}, "input_shapes: expected names, found 3"),
         ({"device": "cuda:"}, "found 'cuda:'"),

@@ -49,10 +49,16 @@ def path_entries(path: Path, inputs: Sequence[InputSpec], *, lazy: bool = False)
         InputError: It does not exist, is of no such kind, or cannot be read.
     """
     if path.is_dir():
-        yield from _folder(path, inputs)
+        with _reading(path):
+            found = sorted((entry for entry in path.iterdir() if not entry.name.startswith(".")), key=_natural)
+        yield from _folder(path, found, inputs)
     elif not path.exists():
         hint = closest(path.name, [entry.name for entry in path.absolute().parent.glob("*")])
         raise InputError(f"{path}: no such file or folder.{hint} Expected {_KINDS}.")
+    elif not path.is_file():
+        raise InputError(
+            f"{path}: a pipe or a device, which cannot be read again on each pass. Save the data as a file."
+        )
     elif path.suffix in _ARRAYS:
         yield from _arrays(path, [path], inputs, lazy=lazy)
     elif path.suffix in _FEEDS:
@@ -71,8 +77,7 @@ def find_test_sets(folder: Path, inputs: int) -> list[Path]:
     return [f for f in sorted(folder.glob(TEST_SETS), key=_natural) if f.is_dir() and len(_pb_files(f)) >= inputs]
 
 
-def _folder(folder: Path, inputs: Sequence[InputSpec]) -> Entries:
-    found = sorted((entry for entry in folder.iterdir() if not entry.name.startswith(".")), key=_natural)
+def _folder(folder: Path, found: Sequence[Path], inputs: Sequence[InputSpec]) -> Entries:
     kinds = {suffix: [e for e in found if e.suffix == suffix and e.is_file()] for suffix in (*_ARRAYS, *_FEEDS)}
     kinds[TEST_SETS] = [folder] if _pb_files(folder) else [e for e in found if e.is_dir() and _pb_files(e)]
     present = [kind for kind, files in kinds.items() if files]
@@ -174,6 +179,8 @@ def _member(loaded: Any, name: str, file: IO[bytes]) -> Any:
 def _safetensors(path: Path, mapped: bool) -> Feeds:
     data = np.memmap(path, np.uint8, "r") if mapped else np.fromfile(path, np.uint8)
     begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    if len(data) < begin:
+        raise ValueError("it is cut short")
     header = json.loads(data[8:begin].tobytes())
     header.pop("__metadata__", None)
     found: Feeds = {}
@@ -251,11 +258,12 @@ def _reading(path: Path) -> Iterator[None]:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         if isinstance(error, OSError) and error.strerror:
             reason = error.strerror
+        kind = f"as a {path.suffix} file" if path.suffix else "as calibration data"
+        if isinstance(error, PermissionError):
+            raise InputError(f"{path}: {reason.lower()}. Choose data that you may read.") from error
         if "pickle" in reason:
             reason = "it holds Python objects or is no such file, and objects are never loaded"
-        raise InputError(
-            f"{path}: cannot be read as a {path.suffix} file: {reason}. Write the file again, or leave it out."
-        ) from error
+        raise InputError(f"{path}: cannot be read {kind}: {reason}. Write the file again, or leave it out.") from error
 
 
 def _natural(path: Path) -> list[str | int]:

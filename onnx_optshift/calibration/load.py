@@ -44,7 +44,7 @@ def load(
         sources = [sources]
     if not inputs:
         raise InputError("the model has no inputs, so that no calibration data can reach its layers.")
-    if not sources:
+    if not sources or "" in [source for source in sources if isinstance(source, str)]:
         raise InputError(f"no calibration data given. Expected arrays for {describe(inputs)}.")
     if len(sources) == 1 and isinstance(sources[0], Samples):
         return sources[0]

@@ -10,7 +10,7 @@ import sys
 import traceback
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,9 +117,11 @@ def _until_empty(reader: Any) -> Iterator[Any]:
 
 @contextmanager
 def _running(name: str, script: Path | None) -> Iterator[None]:
-    # Errors of the user's own code become one message that says where they came from.
+    # Errors of the user's own code become one message that says where they came from. What a script prints is no part
+    # of a report on standard output.
     try:
-        yield
+        with nullcontext() if script is None else redirect_stdout(sys.stderr):
+            yield
     except InputError:
         raise
     except (Exception, SystemExit) as error:

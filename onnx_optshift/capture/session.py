@@ -110,8 +110,11 @@ class Session:
         if threads is not None:
             options.intra_op_num_threads = threads
         if custom_op_library is not None:
-            with _told(f"--custom-op-library {custom_op_library}: ONNX Runtime cannot load it"):
-                options.register_custom_ops_library(custom_op_library)
+            library = Path(custom_op_library).absolute()  # or the system would look for it in its own folders only
+            if not library.is_file():
+                raise InputError(f"--custom-op-library {library}: no such file. Give a shared library with operators.")
+            with _told(f"--custom-op-library {library}: ONNX Runtime cannot load it, as it must a shared library"):
+                options.register_custom_ops_library(str(library))
         with _told(f"{name}: ONNX Runtime cannot load the model"):
             source = model if isinstance(model, bytes) else str(model)
             # Without its own fallback, which would print to standard output and go on elsewhere.

@@ -69,7 +69,7 @@ def locate(tensor: onnx.TensorProto, folder: Path | None) -> Span:
         status = resolved.stat() if resolved.is_relative_to(home) else None
     except FileNotFoundError as error:
         raise InputError(
-            f"{what}: external data file {location!r} not found in {folder}. Put it beside the model."
+            f"{what}: external data file {str(folder / location)!r} not found. Put it beside the model."
         ) from error
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(f"{what}: external data file {path} cannot be read: {error}.") from error

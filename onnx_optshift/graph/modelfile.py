@@ -215,6 +215,8 @@ def _refusing(what: str, advice: str) -> Iterator[None]:
 
 
 def _read(path: Path) -> bytes:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise InputError(f"{path}: a pipe or a device, and a model is read several times. Save it as a file.")
     try:
         data = path.read_bytes()
     except (OSError, ValueError) as error:
