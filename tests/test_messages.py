@@ -200,6 +200,15 @@ def test_a_provider_that_cannot_load_lets_no_noise_through(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def test_a_home_that_cannot_be_written_to_makes_no_noise(tmp_path):
+    home = tmp_path / "home"
+    home.touch()  # no folder, for whomever
+    command = [sys.executable, "-m", "onnx_optshift", "inspect", MODEL / "model.onnx", "--quiet"]
+    environment = {**os.environ, "HOME": str(home), "XDG_CACHE_HOME": str(home)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_memory_limit_counts_interpreter_and_libraries(tmp_path):
     def run(limit):
         words = [MODEL / "model.onnx", "--dry-run", "--max-memory", limit, "--report", tmp_path / "report.json"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -32,10 +33,28 @@ _CANNOT_RUN = "ONNX Runtime cannot run the model"
 _SOURCE = re.compile(r"\S+\.(?:cc|cpp|h|cu):\d+\s+(?:[\w\s:<>,&*~]*\((?:[^()]|\([^()]*\))*\)(?:\s*const)?\s*)?")
 
 
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """What native code says on standard error leads nowhere."""
+    try:
+        heard, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    except OSError:  # there is no standard error
+        yield
+        return
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(heard, 2)
+        os.close(heard)
+        os.close(nowhere)
+
+
 @cache
 def _runtime() -> ModuleType:
     """The onnxruntime module, quiet: a failing node is reported once, by our own message."""
-    import onnxruntime
+    with _unheard():  # it says on standard error where it cannot keep a number of its own in the home folder
+        import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
     return onnxruntime  # type: ignore[no-any-return]
@@ -112,7 +131,7 @@ class Session:
         if custom_op_library is not None:
             library = Path(custom_op_library).absolute()  # or the system would look for it in its own folders only
             if not library.is_file():
-                raise InputError(f"--custom-op-library {library}: no such file. Give a shared library with operators.")
+                raise InputError(f"--custom-op-library {library}: cannot load it: no such file. Give a shared library.")
             with _told(f"--custom-op-library {library}: ONNX Runtime cannot load it, as it must a shared library"):
                 options.register_custom_ops_library(str(library))
         with _told(f"{name}: ONNX Runtime cannot load the model"):
