@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from onnx_optshift.commands.next_step import next_step
 from onnx_optshift.decide.decision import Decision
 from onnx_optshift.decide.share import share_out
 from onnx_optshift.diagnosis.conditions import conditions
@@ -60,4 +61,5 @@ def diagnose(
     found = replace(found, layers=layers, decision=Decision(candidate, Promise(0.0, "noise", samples)))
     diagnosis = conditions(prepared.bench, layers, data, exact=settings.tolerance == 0)
     summary = f"{diagnosis.verdict.answer}: {diagnosis.verdict.why}"
-    return build_report(found, clock, flatness=flat, collapse=diagnosis, summary=summary)
+    report = build_report(found, clock, flatness=flat, collapse=diagnosis, summary=summary)
+    return replace(report, next_step=next_step(report, layers))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnx_optshift.commands.enough import growth
+from onnx_optshift.commands.next_step import next_step
 from onnx_optshift.decide.decision import Decision
 from onnx_optshift.prove.floor import Promise
 from onnx_optshift.report.build import Clock, Findings, build_report
@@ -39,7 +40,7 @@ def inspect(
             decision = Decision(layers.candidate(0.0), Promise(0.0, "noise", data.calibration))
         found = replace(found, layers=layers, decision=decision)
     report = build_report(found, clock, summary="")
-    return replace(report, summary=_summary(report.layers))
+    return replace(report, summary=_summary(report.layers), next_step=next_step(report, found.layers))
 
 
 def _summary(layers: Sequence[LayerReport]) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from onnx_optshift.commands.enough import check_distinct, growth
+from onnx_optshift.commands.next_step import next_step
 from onnx_optshift.commands.outcome import shift_summary
 from onnx_optshift.commands.places import check_places
 from onnx_optshift.commands.publish import published
@@ -133,4 +134,5 @@ def _report(found: Findings, clock: Clock, warnings: tuple[str, ...], few: str) 
     if more := growth([layer for layer in report.layers if layer.status == "shifted"]):
         where += f"; {more}"
     summary = shift_summary(report.layers, found.verification, where, written=found.output is not None)
-    return replace(report, summary=summary, timing=clock.timing())
+    report = replace(report, summary=summary, next_step=next_step(report, found.layers))
+    return replace(report, timing=clock.timing())
