@@ -16,6 +16,7 @@ from onnx_optshift import api
 from onnx_optshift.cli import main
 from onnx_optshift.commands import shift
 from onnx_optshift.errors import InputError
+from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.settings import Settings
 
 MODEL = Path(__file__).parent.parent / "models" / "digits_mlp"
@@ -166,6 +167,12 @@ def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch, capsys):
         refusing.setattr(Path, "iterdir", refuse)
         words = ["inspect", MODEL / "model.onnx", "--calib", tmp_path / "data"]
         assert failing(words, capsys) == f"{tmp_path / 'data'}: permission denied. Choose data that you may read."
+        (tmp_path / "data.py").touch()
+        loaded = ModelFile.load(MODEL / "model.onnx")
+        refusing.setattr(ModelFile, "load", lambda _: loaded)
+        refusing.setattr(Path, "read_bytes", refuse)
+        script = [*words[:3], tmp_path / "data.py"]
+        assert failing(script, capsys).startswith(f"{tmp_path / 'data.py'}: permission denied. Choose files")
         refusing.setattr(Path, "is_dir", refuse)  # as where the folder above may not be searched
         assert "permission denied. Choose files and folders that you may use." in failing(words, capsys)
 

@@ -60,6 +60,7 @@ def script_entries(path: Path, function: str, inputs: Sequence[InputSpec]) -> En
     """
     if not path.is_file():
         raise InputError(f"{path}: no such script. Expected a Python file with a function {function}().")
+    code = path.read_bytes()  # where that is not permitted, the code is not at fault
     module = types.ModuleType(f"_calibration_script_{re.sub(r'[^0-9A-Za-z_]', '_', path.stem)}")
     module.__file__ = str(path)
     folder = str(path.absolute().parent)
@@ -67,7 +68,7 @@ def script_entries(path: Path, function: str, inputs: Sequence[InputSpec]) -> En
     sys.path.insert(0, folder)
     try:
         with _running(str(path), path):
-            exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+            exec(compile(code, str(path), "exec"), module.__dict__)
         loader = vars(module).get(function)
         if not callable(loader):
             known = [key for key, value in vars(module).items() if isinstance(value, types.FunctionType)]
