@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import rounding_table
 
 from onnx_optshift.arguments import COMMANDS, parse
 
@@ -163,3 +164,13 @@ def test_the_readmes_program_runs(clone):
 def test_a_command_that_fails_is_noticed(clone):
     assert run("python -m onnx_optshift in.onnx out.onnx --calib nowhere.npz").returncode == 2
     assert run("python -m onnx_optshift verify in.onnx models/digits_cnn/model.onnx").returncode == 2
+
+
+@pytest.mark.slow
+def test_the_quantization_table_is_what_its_script_finds():
+    page = rounding_table.PAGE.read_text(encoding="utf-8")
+    for line in rounding_table.lines("digits_mlp", None):
+        head = " | ".join(line.split(" | ")[:2])
+        (written,) = [row for row in page.splitlines() if row.startswith(head)]
+        found, said = (re.findall(r"\d+\.\d+", row.partition(head)[2]) for row in (line, written))
+        np.testing.assert_allclose([float(x) for x in said], [float(x) for x in found], rtol=0.05, atol=0.002)
