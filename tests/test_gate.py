@@ -170,3 +170,10 @@ def test_layers_that_may_no_longer_be_taken_are_not():
     found = decide(judge, layers, names=["layer1", "layer3"])
     assert sorted(found.candidate.arrays) == ["layer1", "layer3"]
     assert found.verdict.loss == gate()[0].judge({n: layers[n] for n in ("layer1", "layer3")}, "", 0.0)[0].loss
+
+
+def test_an_infinite_loss_has_no_error_and_no_warning():
+    """As of the distance to an output that is all zeros."""
+    mean, error = paired(np.array([np.inf, 1.0, 2.0]), np.zeros(3))
+    assert mean == np.inf
+    assert np.isnan(error)

@@ -98,15 +98,17 @@ def decided(
         return Decision(pair.written(taken), promise, pair.way, verdict, refused, notes)
 
     gate = grounds.gate
+    tried_before: dict[str, str] = {}
     for halving in range(halvings + 1):
         tried = residual / 2**halving
         what = f"{how} at residual {tried:.3g}" if tried else how
         pair = _pair(grounds, way, tried, names)
         if not pair.moved or gate is None:
-            return found(pair, pair.moved, None, {})
+            return found(pair, pair.moved, None, tried_before)
         verdict, _ = gate.judge(pair.trial.only(pair.moved).arrays, what, tried)
         if verdict.accepted:
             return found(pair, pair.moved, verdict, {})
+        tried_before = dict.fromkeys(pair.moved, f"gate: {verdict.reason}")  # where half of it moves nothing
     assert gate is not None
     # One layer's correction for another makes no sense without that other.
     pair = _pair(grounds, way if way.separable else grounds.parallel, tried, names)

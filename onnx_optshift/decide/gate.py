@@ -227,7 +227,9 @@ def judged_rows(batch: Batch) -> int:
 
 def paired(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, float]:
     """Mean of a - b over samples and its standard error, both `[n]`; the error of one sample is infinite."""
-    difference = a - b
-    if len(difference) < 2:
-        return float(difference.mean()), math.inf
-    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+    # A loss is infinite where the original gives zeros only and the other does not: the error is then NaN.
+    with np.errstate(invalid="ignore"):
+        difference = a - b
+        if len(difference) < 2:
+            return float(difference.mean()), math.inf
+        return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
