@@ -19,7 +19,7 @@ class Batch:
 
 class Held:
     def __init__(self, labels):
-        self.labels = labels
+        self.labels, self.source = labels, "heldout.npz"
 
 
 class Outputs:
