@@ -224,7 +224,8 @@ def survey(case: Case, folder: Path) -> Row:
             for index, message in enumerate(feed):
                 (source / f"input_{index}.pb").write_bytes(message)
             sources.append(str(source))
-    arguments = [str(model), str(out), "--report", str(report), "--device", "cpu"]
+    # One data set of each model: few samples, on purpose.
+    arguments = [str(model), str(out), "--report", str(report), "--device", "cpu", "--force", "--quiet"]
     if sources:
         arguments += ["--calib", *sources]
     start = time.perf_counter()
