@@ -10,8 +10,9 @@ import torch
 from cases import FLOAT32
 
 from onnx_optshift.quantize.rtn import Grid, round_to_nearest
-from onnx_optshift.solve import grid_rounding
-from onnx_optshift.solve.grid_rounding import Start, choose, on_grid
+from onnx_optshift.solve import grid_choice, grid_rounding
+from onnx_optshift.solve.grid_choice import choose
+from onnx_optshift.solve.grid_rounding import Start, on_grid
 from onnx_optshift.solve.problem import Problem
 from onnx_optshift.solve.quant_range import narrowest
 from onnx_optshift.solve.spectrum import Coordinates
@@ -155,7 +156,7 @@ def test_the_choice_is_the_judges():
         return float(((gram @ moved) * moved).sum())
 
     cost = problem.residual(round_to_nearest(problem.matrix, Grid(2)))
-    every = [Start(s * cost, scale) for s in grid_rounding.RESIDUAL_SHARES for scale in grid_rounding.SCALE_SHARES]
+    every = [Start(s * cost, scale) for s in grid_choice.RESIDUAL_SHARES for scale in grid_choice.SCALE_SHARES]
     assert error(chosen) == pytest.approx(min(map(error, every)), rel=1e-3)
     assert max(map(error, every)) > 1.05 * error(chosen)  # negative control: the starts differ
 

@@ -10,8 +10,8 @@ from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.run.layers import SPECTRUM_POINTS, Layers
 from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
+from onnx_optshift.solve.granularity import Granularity
 from onnx_optshift.solve.objective import Range, make_objective
-from onnx_optshift.solve.quant_range import Granularity
 from onnx_optshift.solve.shift import Outcome
 
 FOLDER = Path(__file__).parent.parent / "models" / "noisy_mlp"

@@ -12,7 +12,8 @@ from scipy.optimize import linprog
 
 from onnx_optshift.errors import InputError
 from onnx_optshift.solve import error_ball, quant_range
-from onnx_optshift.solve.quant_range import GAP, Granularity
+from onnx_optshift.solve.granularity import Granularity
+from onnx_optshift.solve.quant_range import GAP
 from onnx_optshift.solve.shift import Outcome
 from onnx_optshift.solve.spectrum import Coordinates
 

@@ -9,7 +9,8 @@ from cases import FLOAT32
 
 from onnx_optshift.solve import quant_range
 from onnx_optshift.solve.anderson import Anderson
-from onnx_optshift.solve.quant_range import GAP, Granularity
+from onnx_optshift.solve.granularity import Granularity
+from onnx_optshift.solve.quant_range import GAP
 from onnx_optshift.solve.spectrum import Coordinates
 
 

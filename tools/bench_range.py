@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from onnx_optshift.solve import quant_range
-from onnx_optshift.solve.quant_range import Granularity, Narrowest
+from onnx_optshift.solve.granularity import Granularity
+from onnx_optshift.solve.quant_range import Narrowest
 from onnx_optshift.solve.spectrum import Coordinates, Spectrum, factor
 from onnx_optshift.stats.moments import InputMoments
 

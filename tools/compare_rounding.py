@@ -36,8 +36,8 @@ from onnx_optshift.run.capture import captured
 from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
 from onnx_optshift.solve.finish import as_matrix, finished
+from onnx_optshift.solve.granularity import Granularity
 from onnx_optshift.solve.objective import Norm, make_grids
-from onnx_optshift.solve.quant_range import Granularity
 
 DAMPING = 0.01
 STEPS = 150

@@ -13,7 +13,8 @@ from onnx_optshift.report.figures import mean_change, number
 from onnx_optshift.report.model import Report
 from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.prepare import FEWEST_TO_SPLIT
-from onnx_optshift.solve.grid_rounding import RESIDUAL_SHARES, Start, on_grid
+from onnx_optshift.solve.grid_choice import RESIDUAL_SHARES
+from onnx_optshift.solve.grid_rounding import Start, on_grid
 from onnx_optshift.solve.objective import DEFAULT_BITS, make_grids
 from onnx_optshift.solve.rounding_error import output_error
 

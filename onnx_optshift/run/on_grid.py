@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from onnx_optshift.run.candidate import Candidate
 from onnx_optshift.run.layers import Layers
-from onnx_optshift.solve.grid_rounding import Start, choose, choose_residual
+from onnx_optshift.solve.grid_choice import choose, choose_residual
+from onnx_optshift.solve.grid_rounding import Start
 from onnx_optshift.solve.shift import Outcome
 
 Starts = Mapping[str, Start]

@@ -13,31 +13,24 @@ the grid, with the ORIGINAL weight V as the target, in four steps:
 The largest weight of every cell (what shares a scale) is pinned to the outermost level throughout. So any
 round-to-nearest quantizer of the same granularity finds the same scales in the result, and reproduces it.
 
-Cost: a Cholesky factorization of H, and about 2 d² m products a step; `choose` repeats it on a sample of the columns.
+Cost: a Cholesky factorization of H, and about 2 d² m products a step. `grid_choice` repeats it on some columns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from onnx_optshift.quantize.rtn import Grid, round_to_nearest
+from onnx_optshift.quantize.rtn import Grid
+from onnx_optshift.solve.granularity import Granularity
 from onnx_optshift.solve.problem import Problem
-from onnx_optshift.solve.quant_range import Granularity, narrowest
+from onnx_optshift.solve.quant_range import narrowest
 from onnx_optshift.solve.shift import obstacle
 from onnx_optshift.solve.spectrum import Coordinates, Spectrum
 
-# Residuals of the narrowed weight that are tried, as shares of what round-to-nearest of V costs: on six kinds of layers
-# of a transformer, and 2 to 4 bits, the best lay between 0.06 (blocks, 4 bits) and 0.27 (channels, 2 bits).
-RESIDUAL_SHARES = (0.0, 0.05, 0.12, 0.25)
-# Scales that are tried, as shares of what the narrowed weight's largest entry asks for.
-SCALE_SHARES = (1.0, 0.9)
-# Columns on which these are chosen.
-SAMPLE = 64
 # Of the mean diagonal of H: the usual damping of GPTQ.
 DAMPING = 0.01
 # A start for rounding needs no certificate as tight as a result of its own.
@@ -75,76 +68,11 @@ def on_grid(problem: Problem, grid: Grid, start: Start) -> Tensor:
         start: How to begin; of `choose`.
     """
     scale = torch.full_like(problem.matrix[:1, :1], start.scale)
-    return _Rounding(problem.spectrum, grid).run(problem.matrix, _narrowed(problem, grid, start.residual), scale)
+    return Rounding(problem.spectrum, grid).run(problem.matrix, narrowed(problem, grid, start.residual), scale)
 
 
-def choose(problem: Problem, grid: Grid, judge: Tensor, most: float = 1.0) -> Start:
-    """The start of least output error on rows that did not fit it.
-
-    Args:
-        problem: The layer.
-        grid: The target quantizer's.
-        judge: AᵀA `[g, d, d]` of other rows of the same layer.
-        most: Largest residual that may be chosen.
-    """
-    some = _sampled(problem, grid)
-    # Where the whole weight shares a scale nothing can be sampled, so that every start costs as much as the result.
-    shares = RESIDUAL_SHARES[2:3] if grid.scope == "tensor" else RESIDUAL_SHARES
-    narrow = _narrow_at(some, grid, shares, most)
-    starts = [Start(residual, scale) for residual in narrow for scale in SCALE_SHARES]
-    rounding = _Rounding(problem.spectrum, grid)
-    found: dict[Start, float] = {}
-    # Side by side where columns are independent: what a step costs is mostly its call.
-    for group in [[start] for start in starts] if grid.scope == "tensor" else [starts]:
-        scales = torch.cat([torch.full_like(some.matrix[:1, :1], start.scale) for start in group], -1)
-        target = torch.cat([some.matrix for _ in group], -1)
-        rounded = rounding.run(target, torch.cat([narrow[start.residual] for start in group], -1), scales)
-        errors = _by_column(rounded - target, judge).sum(0).reshape(len(group), -1).sum(-1)
-        found |= {start: float(error) for start, error in zip(group, errors, strict=True)}
-    return min(found, key=lambda start: found[start])
-
-
-def choose_residual(problem: Problem, grids: Sequence[Grid], judge: Tensor, most: float = 1.0) -> float:
-    """The residual of narrowing at which round-to-nearest has the least output error on rows that did not fit it.
-
-    With several grids the one of fewest bits decides, among residuals that no grid is farther off at; 0 where none is.
-
-    Args:
-        problem: The layer.
-        grids: The target quantizers'.
-        judge: AᵀA `[g, d, d]` of other rows of the same layer.
-        most: Largest residual that may be chosen.
-    """
-    coarsest = min(grids, key=lambda grid: grid.bits)
-    some = _sampled(problem, coarsest)
-    narrow = _narrow_at(some, coarsest, RESIDUAL_SHARES, most)
-
-    def error(matrix: Tensor, grid: Grid) -> float:
-        return float(_by_column(round_to_nearest(matrix, grid) - some.matrix, judge).sum())
-
-    before = {grid: error(some.matrix, grid) for grid in grids}
-    good = [r for r, matrix in narrow.items() if all(error(matrix, grid) <= before[grid] for grid in grids)]
-    return min(good, key=lambda residual: error(narrow[residual], coarsest))
-
-
-def _narrow_at(problem: Problem, grid: Grid, shares: Sequence[float], most: float) -> dict[float, Tensor]:
-    """Narrowed weights `[g, d, m]` by residual: shares of what round-to-nearest costs."""
-    cost = problem.residual(round_to_nearest(problem.matrix, grid))
-    cost = cost if math.isfinite(cost) else 0.0
-    residuals = dict.fromkeys(min(most, share * cost) for share in shares)
-    return {residual: _narrowed(problem, grid, residual) for residual in residuals}
-
-
-def _sampled(problem: Problem, grid: Grid) -> Problem:
-    """The same layer with some of its columns; all of them where they share a scale."""
-    columns = problem.matrix.shape[-1]
-    if grid.scope == "tensor" or columns <= SAMPLE:
-        return problem
-    some = torch.linspace(0, columns - 1, SAMPLE, device=problem.matrix.device).round().long()
-    return replace(problem, matrix=problem.matrix[..., some].contiguous())
-
-
-def _narrowed(problem: Problem, grid: Grid, residual: float) -> Tensor:
+def narrowed(problem: Problem, grid: Grid, residual: float) -> Tensor:
+    """A start for rounding `[g, d, m]`: narrow within a residual; V itself where that leaves no room."""
     coordinates = Coordinates.of(problem.spectrum, problem.matrix, problem.rounding_unit)
     if residual <= problem.rounding_unit or obstacle(coordinates) is not None:
         return problem.matrix
@@ -155,7 +83,7 @@ def _granularity(grid: Grid) -> Granularity:
     return Granularity(grid.scope, grid.block or 1, grid.reach)
 
 
-class _Rounding:
+class Rounding:
     """Steps 2 to 4 for one layer's rows, in float32; the scales, and so the result, in float64.
 
     Args:
@@ -184,7 +112,7 @@ class _Rounding:
         _round_in_order(state, narrow, self._order, self._upper)
         # Every step from here on lowers the error: no column ends above round-to-nearest if it starts below.
         plain = _nearest(matrix, self._grid)
-        errors, before = (_by_column(found.values() - matrix, self._gram) for found in (state, plain))
+        errors, before = (by_column(found.values() - matrix, self._gram) for found in (state, plain))
         if self._grid.scope == "tensor":
             errors, before = errors.sum(), before.sum()
         state = state.where(errors < before, plain)
@@ -193,7 +121,7 @@ class _Rounding:
         for _ in range(MOST_SWEEPS):
             _refit(state, target, self._single, self._grid)
             _descend(state, target, self._single)
-            now = float(_by_column(state.values() - matrix, self._gram).sum())
+            now = float(by_column(state.values() - matrix, self._gram).sum())
             if now < least:
                 best = state.values()
             if not now < (1 - LEAST_FALL) * least:
@@ -335,6 +263,6 @@ def _descend(state: _State, target: Tensor, gram: Tensor) -> None:
         slope += gram[:, :, first:last] @ moves
 
 
-def _by_column(moved: Tensor, gram: Tensor) -> Tensor:
+def by_column(moved: Tensor, gram: Tensor) -> Tensor:
     """‖A x‖² of every column x of `[g, d, m]`, as `[g, 1, m]`."""
     return ((gram @ moved) * moved).sum(1, keepdim=True)

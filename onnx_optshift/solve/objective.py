@@ -11,8 +11,8 @@ from torch import Tensor
 from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.solve import quant_range, weighted_norm
 from onnx_optshift.solve.error_ball import BallPath
+from onnx_optshift.solve.granularity import Granularity
 from onnx_optshift.solve.problem import Problem
-from onnx_optshift.solve.quant_range import Granularity
 from onnx_optshift.solve.rounding_error import allowed_error, output_errors
 from onnx_optshift.solve.shift import Outcome, Shift, largest_entry
 
