@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from onnx_optshift.errors import ToleranceError
-from onnx_optshift.report.model import Drift, LayerReport, Report, Verification
+from onnx_optshift.report.diagnosis import Drift
+from onnx_optshift.report.model import LayerReport, Report, Verification
 from onnx_optshift.solve.shift import Outcome
 
 # What is said of layers that kept their weight, by the start of their reason. "{}" is "1 layer" or "3 layers".

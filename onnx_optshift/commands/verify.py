@@ -16,7 +16,8 @@ from onnx_optshift.graph.weights import Weight
 from onnx_optshift.prove.floor import Promise
 from onnx_optshift.prove.written import Prover
 from onnx_optshift.report.build import Clock, Findings, build_report
-from onnx_optshift.report.model import Drift, Report
+from onnx_optshift.report.diagnosis import Drift
+from onnx_optshift.report.model import Report
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.candidate import Candidate, Solved
 from onnx_optshift.run.capture import captured

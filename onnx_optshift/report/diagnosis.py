@@ -1,7 +1,8 @@
-"""What a diagnosis found, as frozen data: the values of the report's `flatness` and `collapse`."""
+"""What a diagnosis found, as frozen data: the values of the report's `flatness`, `collapse` and `drift`."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 PASS, NOTE, WARN, FAIL = "pass", "note", "warn", "fail"
@@ -134,3 +135,26 @@ class Diagnosis:
     verdict: Verdict
     features: Collapse | None
     layers: tuple[LayerRank, ...]
+
+
+@dataclass(frozen=True)
+class LayerDrift:
+    """How much of a layer's output its change moves, over the samples of one data set."""
+
+    name: str  # the initializer
+    samples: int
+    quantiles: Mapping[str, float]  # share of a sample's output, by quantile
+    worst: tuple[tuple[int, float], ...]  # (sample number, share) of the largest, descending
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Whether data still looks like the calibration data to the changed layers."""
+
+    figure: float  # the worst layer's share at `quantile`
+    quantile: float
+    limit: float | None  # None where none was asked for
+    passed: bool
+    baseline_figure: float | None  # of the baseline data; None without any
+    layers: tuple[LayerDrift, ...]
+    baseline: tuple[LayerDrift, ...] | None

@@ -14,7 +14,7 @@ from os import fspath
 from pathlib import Path
 from typing import Any
 
-from onnx_optshift.report.diagnosis import Diagnosis, FlatnessReport
+from onnx_optshift.report.diagnosis import Diagnosis, Drift, FlatnessReport
 
 
 @dataclass(frozen=True)
@@ -208,29 +208,6 @@ class HeldoutResult:
     loss_name: str
     tried: tuple[Trial, ...] = ()
     quantized: tuple[QuantizedScore, ...] = ()  # as of a trial
-
-
-@dataclass(frozen=True)
-class LayerDrift:
-    """How much of a layer's output its change moves, over the samples of one data set."""
-
-    name: str  # the initializer
-    samples: int
-    quantiles: Mapping[str, float]  # share of a sample's output, by quantile
-    worst: tuple[tuple[int, float], ...]  # (sample number, share) of the largest, descending
-
-
-@dataclass(frozen=True)
-class Drift:
-    """Whether data still looks like the calibration data to the changed layers."""
-
-    figure: float  # the worst layer's share at `quantile`
-    quantile: float
-    limit: float | None  # None where none was asked for
-    passed: bool
-    baseline_figure: float | None  # of the baseline data; None without any
-    layers: tuple[LayerDrift, ...]
-    baseline: tuple[LayerDrift, ...] | None
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from onnx_optshift.report.diagnosis import Drift
 from onnx_optshift.report.figures import Cell, Name, Word, change, number, percent, with_error
-from onnx_optshift.report.model import Drift, HeldoutResult, OutputComparison, QuantizationError, Report
+from onnx_optshift.report.model import HeldoutResult, OutputComparison, QuantizationError, Report
 from onnx_optshift.report.section import Fact, Facts, Note, Section, Table, explained, marks
 
 _BOUNDS = {"noise": "allowed by noise", "tolerance": "allowed", "measured": "measured on the trial"}

@@ -17,7 +17,7 @@ from onnx_optshift.calibration.source import Batch, Samples
 from onnx_optshift.capture.stream import sample_axis, stream
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
-from onnx_optshift.report.model import Drift, LayerDrift
+from onnx_optshift.report.diagnosis import Drift, LayerDrift
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.stats.rows import to_rows
 
