@@ -73,3 +73,18 @@ def test_the_exit_status_tells_a_monitoring_job(shifted, tmp_path, capsys):
     assert "The outputs do not match" in capsys.readouterr().out
     assert main([*words, "--calib", str(like), "--tolerance", "0.9"]) == 2
     assert "are two questions" in capsys.readouterr().err
+
+
+def test_a_quantized_copy_is_compared_by_its_outputs(tmp_path):
+    """Weights of other names or types are not compared, and that is said."""
+    quantization = pytest.importorskip("onnxruntime.quantization", reason="its quantizers need onnx-ir")
+    target = tmp_path / "int8.onnx"
+    quantization.quantize_dynamic(ORIGINAL, target, weight_type=quantization.QuantType.QInt8, per_channel=True)
+    data = pixels("heldout.npz", slice(0, 60))
+    report = verify(ORIGINAL, target, [data], Settings(device="cpu", tolerance=0.2))
+    assert report.verification.passed
+    assert 1e-4 < max(output.rel for output in report.verification.outputs) < 0.2
+    assert any("3 of 3 weights have no match" in warning for warning in report.warnings)
+    assert all(layer.status != "shifted" for layer in report.layers)
+    # Negative control: within the noise of the original it is not.
+    assert not verify(ORIGINAL, target, [data], Settings(device="cpu")).verification.passed
