@@ -165,6 +165,10 @@ class Samples:
         view._order = self._order[chosen]
         return view
 
+    def spread(self, most: int) -> Samples:
+        """A view of so many samples at most, evenly spaced."""
+        return self.select(np.unique(np.linspace(0, len(self) - 1, most).round().astype(int)))
+
     def masked(self, name: str) -> Samples:
         """A view whose batches say which positions the zeros of an input mask."""
         view = copy(self)

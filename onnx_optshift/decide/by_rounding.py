@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from onnx_optshift.decide.decision import Decision, Grounds, Way, decided, measured
+from onnx_optshift.prove.floor import Promise
 from onnx_optshift.run.candidate import Candidate, while_held
 from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.on_grid import best_starts, placed
@@ -38,7 +39,9 @@ def by_rounding(grounds: Grounds, *, snap: bool, most: float = 1.0) -> Decision:
     full = way(grounds.full)
     fit = full if grounds.fit is grounds.full else way(grounds.fit)
     name = SNAPPED if snap else NARROWED
-    decision = decided(grounds, Way(name, full, fit), 0.0, measured(grounds, full(0.0)), name)
+    # The promise is measured once, on what is taken: a pass over all samples.
+    pending = Promise(most, "measured", grounds.samples)
+    decision = decided(grounds, Way(name, full, fit), 0.0, pending, name)
     residuals = sorted(start.residual for start in starts.values())
     spread = f"{residuals[0]:.2g} to {residuals[-1]:.2g}" if residuals else "none"
     note = f"{name}: residuals {spread} before rounding, chosen on rows that did not fit them"

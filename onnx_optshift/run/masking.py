@@ -40,7 +40,7 @@ def find_mask(bench: Bench, samples: Samples, wanted: str) -> str | None:
     names = [spec.name for spec in bench.model.inputs]
     if wanted != AUTO and wanted not in names:
         raise InputError(f"--row-mask {wanted}: is no input of the model. Inputs are {', '.join(names)}.")
-    few = samples.select(np.unique(np.linspace(0, len(samples) - 1, TRIED).round().astype(int)))
+    few = samples.spread(TRIED)
     batches = list(few.batches(TRIED))
     candidates = [name for name in names if wanted in {AUTO, name} and any(_zeros(b.feeds, name) for b in batches)]
     found = next((name for name in candidates if _ignored(bench, few, name, only=wanted == AUTO)), None)

@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,7 +90,7 @@ def energies(rows: Tensor, matrix: Tensor) -> Tensor:
 
 def output_rows(bench: Bench, samples: Samples) -> dict[str, Rows]:
     """Energies of the output rows of every layer, by weight, from one pass over a few evenly spaced samples."""
-    few = samples.select(np.unique(np.linspace(0, len(samples) - 1, MOST_SAMPLES).round().astype(int)))
+    few = samples.spread(MOST_SAMPLES)
     matrices = {weight.name: _matrix(bench, weight) for weight in bench.weights}
     found: dict[str, list[Tensor]] = {weight.name: [] for weight in bench.weights}
     by_tap: dict[Tap, list[str]] = {}
