@@ -27,18 +27,30 @@ ROWS = [
     ["commands"],
     ["api", "cli"],
     ["__init__"],
-    ["__main__"],
+    ["integrations", "__main__"],
 ]
 # Who may import which library, anywhere in the module.
 BORDERS = {
     "torch": {"capture", "stats", "solve", "quantize", "run", "decide", "diagnosis"},
     "onnxruntime": {"capture.session"},
     "onnx_graphsurgeon": {"graph"},
-    "onnx": {"graph", "calibration", "write", "prove.static", "prove.floor", "run.prepare", "commands", "api"},
+    "onnx": {
+        "graph",
+        "calibration",
+        "write",
+        "prove.static",
+        "prove.floor",
+        "run.prepare",
+        "commands",
+        "api",
+        "integrations",
+    },
     "psutil": {"run.budget"},
     "jinja2": {"report.htmlpage"},
     "rich": {"report.terminal", "report.progress"},
     "shtab": {"completion"},
+    "olive": {"integrations"},
+    "polygraphy": {"integrations"},
 }
 LEVELS = {name: level for level, row in enumerate(ROWS) for name in row}
 
