@@ -38,6 +38,7 @@ from onnx_optshift.settings import Settings
 from onnx_optshift.solve.finish import as_matrix, finished
 from onnx_optshift.solve.granularity import Granularity
 from onnx_optshift.solve.objective import Norm, make_grids
+from onnx_optshift.write.patch import write_beside
 
 DAMPING = 0.01
 STEPS = 150
@@ -83,24 +84,33 @@ def gptq(matrix: Tensor, gram: Tensor, grid: Grid) -> Tensor:
 
 
 def magr(matrix: Tensor, gram: Tensor, alpha: float, granularity: Granularity) -> Tensor:
-    """MagR's proximal gradient; the prox of the max-norm takes off the projection on the l1 ball."""
-    step = 1 / torch.linalg.eigvalsh(gram)[:, -1].clamp_min(1e-300)[:, None, None]
-    strength = alpha / gram.shape[-1] * (1 / step)
-    found = matrix.clone()
+    """MagR's proximal gradient in float32; the prox of the max-norm takes off the projection on the l1 ball."""
+    largest = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(1e-300)[:, None, None]
+    strength = alpha / gram.shape[-1]  # the step is 1/λmax, and α is a share of λmax
+    target, slope = matrix.to(torch.float32), (gram / largest).to(torch.float32)
+    found, level = target.clone(), None
     for _ in range(STEPS):
-        point = found - step * (gram @ (found - matrix))
-        cells = granularity.cells(point)
-        ordered, _ = cells.abs().sort(dim=2, descending=True)
-        count = torch.arange(1, cells.shape[2] + 1).to(ordered)[:, None]
-        level = ((ordered.cumsum(2) - (step * strength)[:, None]) / count).amax(2, keepdim=True).clamp_min(0)
+        cells = granularity.cells(found - slope @ (found - target))
+        level = _clip_level(cells.abs(), strength, level)
         found = granularity.matrix(torch.minimum(torch.maximum(cells, -level), level), matrix.shape)
-    return found
+    return found.to(matrix)
 
 
-def best_magr(matrix: Tensor, gram: Tensor, grid: Grid, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    """The rounded weight of the α that is closest on the calibration rows."""
-    granularity = Granularity(grid.scope, grid.block or 1)
-    found = [rounded(magr(matrix, gram, alpha, granularity)) for alpha in ALPHAS]
+def _clip_level(sizes: Tensor, excess: float, guess: Tensor | None) -> Tensor:
+    """The level above which the sizes of a cell add up to an excess, or 0: Newton's steps, exact after a few."""
+    level = torch.zeros_like(sizes[:, :, :1]) if guess is None else guess
+    while True:
+        above = (sizes - level).clamp_min_(0)
+        moved = (above.sum(2, keepdim=True) - excess) / (above > 0).sum(2, keepdim=True).clamp_min(1)
+        # From above the level the first step goes below it, or beyond 0; from below they only climb.
+        level = (level + moved).clamp_min(0)
+        if float(moved.max()) <= 1e-6 * float(level.max()):
+            return level
+
+
+def best_magr(matrix: Tensor, gram: Tensor, narrow: Sequence[Tensor], rounded: Callable[[Tensor], Tensor]) -> Tensor:
+    """The rounded weight of the α that is closest on the calibration rows, of weights made narrow by each."""
+    found = [rounded(each) for each in narrow]
     return min(found, key=lambda weight: float(((gram @ (weight - matrix)) * (weight - matrix)).sum()))
 
 
@@ -117,27 +127,44 @@ def measure(
     include: Sequence[str] = (),
     max_samples: int | None = None,
     ways: Sequence[str] = WAYS,
+    folder: Path | None = None,
 ) -> Iterator[Row]:
-    """The float model, then every way at every bit width."""
+    """The float model, then every way at every bit width; in a folder each becomes a model WAY-BITS.onnx."""
     warnings.simplefilter("ignore")
     settings = Settings(nodes_to_include=tuple(include), max_samples=max_samples)
     prepared = prepare(model, settings, calib, heldout)
     layers, _ = captured(prepared, prepared.data, Norm())
     bench, judges = prepared.bench, prepared.data.heldout
     gate = Gate(bench.outputs, judges, 0.0)
+    # MagR's weights do not depend on the bits; by weight, with the seconds that they took.
+    granularity = Granularity("block" if block else "channel", block or 1)
+    narrow: dict[str, tuple[list[Tensor], float]] = {}
 
     def score(width: int, way: str, arrays: dict[str, np.ndarray], seconds: float) -> Row:
         error = bench.outputs.deviation(judges, arrays).largest_rel()
         found = gate.run(arrays).score
+        if folder is not None and arrays:
+            with write_beside(bench.model, arrays, folder / f"{way}-{width}.onnx".replace(" ", "")) as written:
+                written.commit()
         return Row(width, way, error, found.loss, found.top1, seconds)
 
-    def quantized(width: int, way: str, quantize: Callable[[Tensor, Tensor], Tensor]) -> Row:
-        start, arrays = time.perf_counter(), {}
+    def quantized(width: int, way: str, rounded: Callable[[Tensor, Tensor], Tensor]) -> Row:
+        start, arrays, before = time.perf_counter(), {}, 0.0
         for weight in bench.weights:
             content = bench.model.initializer(weight.name)
-            matrix = as_matrix(content, weight.form)
-            arrays[weight.name] = finished(quantize(matrix, layers.moments(weight).gram()), weight.form, content.dtype)
-        return score(width, way, arrays, time.perf_counter() - start)
+            matrix, gram = as_matrix(content, weight.form), layers.moments(weight).gram()
+            if way.startswith("MagR"):
+                if weight.name not in narrow:
+                    begun = time.perf_counter()
+                    found = [magr(matrix, gram, alpha, granularity) for alpha in ALPHAS]
+                    narrow[weight.name] = found, time.perf_counter() - begun
+                else:
+                    before += narrow[weight.name][1]
+                result = best_magr(matrix, gram, narrow[weight.name][0], partial(rounded, gram=gram))
+            else:
+                result = rounded(matrix, gram=gram)
+            arrays[weight.name] = finished(result, weight.form, content.dtype)
+        return score(width, way, arrays, before + time.perf_counter() - start)
 
     def passed(grid: Grid, way: str, *, snap: bool) -> Row:
         start = time.perf_counter()
@@ -162,14 +189,13 @@ def measure(
 
     yield score(32, "float", {}, 0.0)
     for grid in make_grids(bits, "channel", block):
-        nearest, fed_back = partial(round_to_nearest, grid=grid), partial(gptq, grid=grid)
+        nearest: Callable[..., Tensor] = lambda v, gram, g=grid: round_to_nearest(v, g)  # noqa: E731
+        fed_back = partial(gptq, grid=grid)
         found: dict[str, Callable[[str], Row]] = {
-            "RTN": lambda way, g=grid, f=nearest: quantized(g.bits, way, lambda v, _: f(v)),
-            "GPTQ": lambda way, g=grid: quantized(g.bits, way, lambda v, h: gptq(v, h, g)),
-            "MagR + RTN": lambda way, g=grid, f=nearest: quantized(g.bits, way, partial(best_magr, grid=g, rounded=f)),
-            "MagR + GPTQ": lambda way, g=grid, f=fed_back: quantized(
-                g.bits, way, lambda v, h: best_magr(v, h, g, lambda w: f(w, h))
-            ),
+            "RTN": lambda way, g=grid, f=nearest: quantized(g.bits, way, f),
+            "GPTQ": lambda way, g=grid, f=fed_back: quantized(g.bits, way, f),
+            "MagR + RTN": lambda way, g=grid, f=nearest: quantized(g.bits, way, f),
+            "MagR + GPTQ": lambda way, g=grid, f=fed_back: quantized(g.bits, way, f),
             "narrowed + RTN": lambda way, g=grid: passed(g, way, snap=False),
             "on the grid": lambda way, g=grid: passed(g, way, snap=True),
         }
@@ -188,6 +214,7 @@ def main() -> None:
     parser.add_argument("--nodes-to-include", nargs="+", default=[])
     parser.add_argument("--max-samples", type=int)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write every model there as WAY-BITS.onnx")
     given = parser.parse_args()
     for row in measure(
         given.model,
@@ -198,6 +225,7 @@ def main() -> None:
         include=given.nodes_to_include,
         max_samples=given.max_samples,
         ways=given.ways,
+        folder=given.write,
     ):
         top1 = "" if row.top1 is None else f"  top-1 {100 * row.top1:.2f} %"
         print(

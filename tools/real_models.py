@@ -4,8 +4,8 @@
     python tools/compare_rounding.py FOLDER/model.onnx --calib FOLDER/calibration.npz --heldout FOLDER/heldout.npz
     python tools/real_models.py score NAME FOLDER [MODEL.onnx ...] [--bits 4 [--block 32]]
 
-`make` writes `model.onnx`, `calibration.npz` and `heldout.npz`; texts are docstrings of Python and numpy, so that figures depend
-a little on their versions. `score` runs files on the held-out data beside `model.onnx`; with `--bits`
+`make` writes `model.onnx`, `calibration.npz` and `heldout.npz`; texts are docstrings of Python and numpy, so that
+figures depend a little on their versions. `score` runs files on the held-out data beside `model.onnx`; with `--bits`
 each is rounded to nearest first, as a quantizer would do. Nothing of a model is part of this project: the wheels'
 licences hold.
 """
