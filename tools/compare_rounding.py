@@ -117,6 +117,11 @@ def best_magr(matrix: Tensor, gram: Tensor, narrow: Sequence[Tensor], rounded: C
 WAYS = ("RTN", "GPTQ", "MagR + RTN", "MagR + GPTQ", "narrowed + RTN", "on the grid")
 
 
+def file_name(way: str, bits: int, block: int | None) -> str:
+    """What a rounded model is called: `GPTQ-4.onnx`, or `GPTQ-4-block32.onnx`."""
+    return f"{way.replace(' ', '')}-{bits}{f'-block{block}' if block else ''}.onnx"
+
+
 def measure(
     model: Path,
     calib: Sequence[str],
@@ -129,7 +134,7 @@ def measure(
     ways: Sequence[str] = WAYS,
     folder: Path | None = None,
 ) -> Iterator[Row]:
-    """The float model, then every way at every bit width; in a folder each becomes a model WAY-BITS.onnx."""
+    """The float model, then every way at every bit width; in a folder each becomes a model (`file_name`)."""
     warnings.simplefilter("ignore")
     settings = Settings(nodes_to_include=tuple(include), max_samples=max_samples)
     prepared = prepare(model, settings, calib, heldout)
@@ -144,7 +149,7 @@ def measure(
         error = bench.outputs.deviation(judges, arrays).largest_rel()
         found = gate.run(arrays).score
         if folder is not None and arrays:
-            with write_beside(bench.model, arrays, folder / f"{way}-{width}.onnx".replace(" ", "")) as written:
+            with write_beside(bench.model, arrays, folder / file_name(way, width, block)) as written:
                 written.commit()
         return Row(width, way, error, found.loss, found.top1, seconds)
 
@@ -214,7 +219,7 @@ def main() -> None:
     parser.add_argument("--nodes-to-include", nargs="+", default=[])
     parser.add_argument("--max-samples", type=int)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
-    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write every model there as WAY-BITS.onnx")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write every model there, such as GPTQ-4.onnx")
     given = parser.parse_args()
     for row in measure(
         given.model,

@@ -1,13 +1,14 @@
 """Models that people use, from wheels that carry them: made ready as ONNX with data, and scored by their task.
 
     python tools/real_models.py make NAME FOLDER
-    python tools/compare_rounding.py FOLDER/model.onnx --calib FOLDER/calibration.npz --heldout FOLDER/heldout.npz
-    python tools/real_models.py score NAME FOLDER [MODEL.onnx ...] [--bits 4 [--block 32]]
+    python tools/real_models.py score NAME FOLDER MODEL.onnx ... [--bits 4 [--block 32]]
+    python tools/real_models.py table NAME FOLDER [--bits 4 3 2] [--block 32]
 
 `make` writes `model.onnx`, `calibration.npz` and `heldout.npz`; texts are docstrings of Python and numpy, so that
 figures depend a little on their versions. `score` runs files on the held-out data beside `model.onnx`; with `--bits`
-each is rounded to nearest first, as a quantizer would do. Nothing of a model is part of this project: the wheels'
-licences hold.
+each is rounded to nearest first, as a quantizer would do. `table` prints a row for each bit width from the files that
+lie in the folder: those that `compare_rounding.py --write FOLDER` wrote, and `ours-4.onnx` (or `ours-4-block32.onnx`)
+of `python -m onnx_optshift`. Nothing of a model is part of this project: the wheels' licences hold.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import argparse
 import importlib.util
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,7 @@ import onnxruntime
 import real_model_minilm
 import real_model_ocr
 import real_model_smollm2
+from compare_rounding import file_name
 from numpy.typing import NDArray
 
 from onnx_optshift.graph.discover import discover
@@ -38,6 +40,8 @@ from onnx_optshift.write.patch import write_beside
 
 BATCH = 16
 MASK = "attention_mask"
+ERROR = "output error"
+WAYS = ("RTN", "GPTQ", "MagR + RTN", "MagR + GPTQ", "ours")
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -117,22 +121,26 @@ def make(name: str, folder: Path) -> None:
     source.make(folder, file)
 
 
-def score(name: str, folder: Path, models: Sequence[Path]) -> Iterator[tuple[Path, dict[str, float]]]:
-    """The metrics of each model file, and the error of its first output relative to that of `model.onnx`."""
+def score(name: str, folder: Path, models: Mapping[str, Path]) -> dict[str, dict[str, float]]:
+    """For each model file its metrics, and the error of its first output relative to that of `model.onnx`."""
     with np.load(folder / "heldout.npz") as file:
         data: Arrays = {key: file[key] for key in file.files}
-    count = len(next(iter(data.values())))
     original = _session(folder / "model.onnx")
-    for path in models:
-        session, metric = _session(path), SOURCES[name].metric(folder)
-        squares = np.zeros(2)
-        for start in range(0, count, BATCH):
-            feeds = {key: array[start : start + BATCH] for key, array in data.items()}
-            before, after = original.run(None, feeds)[0], session.run(None, feeds)[0]
-            metric.update(feeds, before, after)
-            real = feeds[MASK] != 0 if MASK in feeds and before.ndim == 3 else slice(None)
-            squares += [_square(after[real] - before[real]), _square(before[real])]
-        yield path, metric.result() | {"output error": float(np.sqrt(squares[0] / squares[1]))}
+    sessions = {way: _session(path) for way, path in models.items()}
+    metrics = {way: SOURCES[name].metric(folder) for way in models}
+    squares = {way: np.zeros(2) for way in models}
+    for start in range(0, len(next(iter(data.values()))), BATCH):
+        feeds = {key: array[start : start + BATCH] for key, array in data.items()}
+        before = original.run(None, feeds)[0]
+        real = feeds[MASK] != 0 if MASK in feeds and before.ndim == 3 else slice(None)
+        for way, session in sessions.items():
+            after = session.run(None, feeds)[0]
+            metrics[way].update(feeds, before, after)
+            squares[way] += [_square(after[real] - before[real]), _square(before[real])]
+    return {
+        way: metric.result() | {ERROR: float(np.sqrt(squares[way][0] / squares[way][1]))}
+        for way, metric in metrics.items()
+    }
 
 
 def _square(values: NDArray[np.float32]) -> float:
@@ -156,27 +164,53 @@ def rounded(path: Path, grid: Grid) -> Iterator[Path]:
         yield target
 
 
+def row(name: str, folder: Path, bits: int, block: int | None) -> str:
+    """One row of a table: every way's output error, and the task's figures of the float model and of every way."""
+    grid = make_grids([bits], "channel", block)[0]
+    files = {"float": folder / "model.onnx", "RTN": folder / "model.onnx"}
+    files |= {way: folder / file_name(way, bits, block) for way in WAYS[1:]}
+    there = {way: path for way, path in files.items() if path.exists()}
+    with ExitStack() as stack:
+        for way in {"RTN", "ours"} & set(there):
+            there[way] = stack.enter_context(rounded(there[way], grid))
+        found = score(name, folder, there)
+    figures = [found.get(way, {}) for way in ("float", *WAYS)]
+    errors = " | ".join(_cell(each.get(ERROR)) for each in figures[1:])
+    names = [key for key in figures[0] if key != ERROR]
+    tasks = "; ".join(f"{key}: {' / '.join(_cell(each.get(key)) for each in figures)}" for key in names)
+    return f"| {name}, {f'blocks of {block}' if block else 'channel'} | {bits} | {errors} | {tasks} |"
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if value < 2 else f"{value:.1f}"
+
+
 def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=("make", "score"))
+    parser.add_argument("command", choices=("make", "score", "table"))
     parser.add_argument("name", choices=SOURCES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("models", type=Path, nargs="*")
-    parser.add_argument("--bits", type=int, help="round every weight to nearest first")
+    parser.add_argument("--bits", type=int, nargs="+", help="for score: round every weight to nearest first")
     parser.add_argument("--block", type=int, help="inputs that share a scale; a channel by default")
     given = parser.parse_args()
     if given.command == "make":
         make(given.name, given.folder)
         return
+    if given.command == "table":
+        for bits in given.bits or [4, 3, 2]:
+            print(row(given.name, given.folder, bits, given.block), flush=True)
+        return
     for path in given.models or [given.folder / "model.onnx"]:
         start = time.perf_counter()
-        if given.bits:
-            with rounded(path, make_grids([given.bits], "channel", given.block)[0]) as file:
-                found = list(score(given.name, given.folder, [file]))
-        else:
-            found = list(score(given.name, given.folder, [path]))
-        figures = "  ".join(f"{key} {value:.4g}" for key, value in found[0][1].items())
+        with ExitStack() as stack:
+            grids = make_grids(given.bits or [], "channel", given.block)
+            file = stack.enter_context(rounded(path, grids[0])) if grids else path
+            found = score(given.name, given.folder, {"": file})[""]
+        figures = "  ".join(f"{key} {value:.4g}" for key, value in found.items())
         print(f"{path.name:24}  {figures}  ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
