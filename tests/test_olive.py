@@ -185,7 +185,8 @@ def test_a_refusal_ends_the_run_and_leaves_no_model(olive, tmp_path):
     onnx.save(onnx.parser.parse_model(NOISE), tmp_path / "noisy.onnx")
     rows = np.random.default_rng(0).standard_normal((64, 3)).astype(np.float32)
     np.savez(tmp_path / "data.npz", x=np.hstack([rows, rows[:, :1]]))  # one direction of four is free
-    done, out = olive({"shift": {**shift_of(MLP), "calibration": "data.npz"}}, tmp_path / "noisy.onnx")
+    shift = {**shift_of(MLP), "calibration": "data.npz", "heldout": "none"}
+    done, out = olive({"shift": shift}, tmp_path / "noisy.onnx")
     assert done.returncode != 0
     assert "ToleranceError" in done.stderr
     assert "ValueError: OptimumShift: " in done.stderr
