@@ -45,6 +45,20 @@ def test_order_and_split_do_not_matter(rows, width, groups, seed, data):
         assert (moments.stored_rows is not None) == (rows <= width)
 
 
+def test_float32_products_resolve_what_they_say():
+    rows = np.random.default_rng(0).standard_normal((2, 4000, 9))
+    exact, single = InputMoments(2, 9), InputMoments(2, 9, products=torch.float32)
+    for part in np.array_split(rows, 11, axis=1):
+        exact.update(torch.from_numpy(part))
+        single.update(torch.from_numpy(part))
+    single = single.merge(InputMoments(2, 9))
+    off = float(((single.gram() - exact.gram()).norm() / exact.gram().norm()))
+    assert off < 1e-6  # so that singular values of 1e-3 of the largest are resolved
+    assert off > 1e-10  # negative control: the products were float32
+    torch.testing.assert_close(single.total, exact.total, rtol=1e-5, atol=1e-5)
+    assert single.gram().dtype == torch.float64
+
+
 @given(counts=st.lists(st.integers(0, 9), min_size=1, max_size=4), seed=st.integers(0, 2**16))
 @settings(max_examples=40, deadline=None)
 def test_merge_is_a_commutative_monoid(counts, seed):

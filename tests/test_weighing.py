@@ -38,7 +38,7 @@ def weights_of(rows, matrix):
 
 def rule_of(rows, matrix):
     energies = torch.from_numpy(((rows @ matrix) ** 2).sum(1))
-    return RowRule((torch.from_numpy(matrix)[None].float(),), (Rows(energies).median,))
+    return RowRule.of([torch.from_numpy(matrix)[None].float()], [Rows(energies).median])
 
 
 def test_weighted_moments_are_those_of_weighted_rows():
@@ -55,6 +55,20 @@ def test_weighted_moments_are_those_of_weighted_rows():
     assert float((plain.gram() - moments.gram()).abs().max()) > 1  # negative control
 
 
+def test_layers_that_share_a_rule_are_heard_alike_however_wide_they_are():
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((300, 12))
+    matrices = [rng.standard_normal((12, width)) * size for width, size in ((5, 100.0), (40, 0.01))]
+    energies = [((rows @ matrix) ** 2).sum(1) for matrix in matrices]
+    medians = [float(np.median(energy)) for energy in energies]
+    rule = RowRule.of([torch.from_numpy(matrix)[None].float() for matrix in matrices], medians)
+    assert rule.root.shape == (1, 12, 12)
+    found = rule(torch.from_numpy(rows)[None]).numpy()
+    shares = np.mean([energy / median for energy, median in zip(energies, medians, strict=True)], axis=0)
+    np.testing.assert_allclose(found, 1 / np.maximum(shares, FLOOR), rtol=1e-5)
+    assert not np.allclose(found, 1 / (energies[0] / medians[0]), rtol=0.1)  # negative control: both are heard
+
+
 def test_patches_of_all_groups_at_one_position_have_one_weight():
     rng = np.random.default_rng(0)
     form = PatchRows((3, 3), (1, 1), (1, 1), (1, 1, 1, 1), group=2)
@@ -64,7 +78,7 @@ def test_patches_of_all_groups_at_one_position_have_one_weight():
     rows = to_rows(images, tap)
     energies = (rows @ matrix).square().sum((0, 2))
     moments = InputMoments(2, 18)
-    observe(moments, tap, images, RowRule((matrix.float(),), (float(energies.median()),)))
+    observe(moments, tap, images, RowRule.of([matrix.float()], [float(energies.median())]))
     root = (1 / (energies / energies.median()).clamp_min(FLOOR)).sqrt()[:, None]
     torch.testing.assert_close(moments.gram(), (rows * root).mT @ (rows * root), rtol=1e-4, atol=1e-4)
 

@@ -45,6 +45,7 @@ class Bench:
     waves: tuple[tuple[Tap, ...], ...] = ()  # taps that are captured and solved together: all, unless stated
     rows: Mapping[Tap, int] = field(default_factory=dict)  # that one sample gives each tap, where that was measured
     rules: Mapping[str, Weigh] = field(default_factory=dict)  # how rows are weighed, by the name that taps give
+    products: torch.dtype = torch.float64  # in which products of rows are taken
 
     def __post_init__(self) -> None:
         if self.weights and not self.waves:
@@ -85,7 +86,7 @@ class Bench:
 
     def capture(self, taps: Sequence[Tap], samples: Samples, stage: str = "capture") -> dict[Tap, InputMoments]:
         """Moments of these taps, in one streaming pass over the original model."""
-        moments = {tap: InputMoments(tap.groups, tap.width, self.device.solve) for tap in taps}
+        moments = {tap: InputMoments(tap.groups, tap.width, self.device.solve, self.products) for tap in taps}
         session = self.sessions.probe(taps)
 
         def sink(tap: Tap, _: Batch, activation: torch.Tensor) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from onnx_optshift.calibration.inputs import InputSpec
 from onnx_optshift.calibration.load import beside, load
 from onnx_optshift.calibration.shapes import parse_shape, shape_option, usual_sizes, with_shapes
@@ -126,7 +128,10 @@ def prepare(
     costs = bench.costs(samples, parts=1 + data.split + rounds, metric=settings.objective == "curvature")
     plan = make_plan(costs, bench.weights, settings.batch_size, Budget.of(settings.max_memory, device.solve))
     size, kept, waves = plan.batch_size, plan.kept, plan.waves
-    bench = replace(bench, batch_size=size, kept_bytes=kept, waves=waves, rows=costs.rows)
+    # What rounding to a few bits does to outputs is far above what float32 products leave unresolved.
+    coarse = settings.objective == "range" and settings.quantization_bits and settings.tolerance != 0
+    products = torch.float32 if coarse else torch.float64
+    bench = replace(bench, batch_size=size, kept_bytes=kept, waves=waves, rows=costs.rows, products=products)
     note = bench.sessions.original().note
     data = _warned(data, note) if note else data
     reads = (*sources, *(heldout or ()))

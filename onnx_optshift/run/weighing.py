@@ -12,6 +12,7 @@ additive. Layers that read one input share its statistics where their weights ag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,17 +43,23 @@ class RowRule:
     """The weights of rows by the outputs that some layers give them: 1 over the mean of their relative energies.
 
     Attributes:
-        matrices: V `[g, d, m]` of each layer, float32.
-        medians: Median energy of each layer's output rows.
+        root: R `[g, d, k]`, float32, with R Rᵀ the mean of V Vᵀ over the layers, each divided by the median energy of its
+            output rows; k is d at most, so that a wide layer's weights cost no more than d² products a row.
     """
 
-    matrices: tuple[Tensor, ...]
-    medians: tuple[float, ...]
+    root: Tensor
+
+    @classmethod
+    def of(cls, matrices: Sequence[Tensor], medians: Sequence[float]) -> RowRule:
+        """The rule of layers with these V `[g, d, m]` and medians of the energy of their output rows."""
+        scaled = [matrix / math.sqrt(median * len(matrices)) for matrix, median in zip(matrices, medians, strict=True)]
+        root = torch.cat(scaled, -1)
+        # The QR decomposition of the transpose: x R Rᵀ xᵀ = ‖x V‖² for every row.
+        return cls(torch.linalg.qr(root.mT, mode="r").R.mT.contiguous() if root.shape[2] > root.shape[1] else root)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Weights `[n]` of rows `[g, n, d]`; 1 for a row of median energy."""
-        shares = [energies(rows, matrix) / median for matrix, median in zip(self.matrices, self.medians, strict=True)]
-        return 1 / torch.stack(shares).clamp_min(FLOOR).mean(0)
+        return 1 / energies(rows, self.root).clamp_min(FLOOR)
 
 
 @dataclass(frozen=True)
@@ -122,8 +129,8 @@ def weighed(bench: Bench, rows: Mapping[str, Rows]) -> Bench:
     names: dict[str, str] = {}
     for group in _sharing(bench.weights, rows):
         name = group[0].name
-        matrices = tuple(_matrix(bench, weight) for weight in group)
-        rules[name] = RowRule(matrices, tuple(rows[weight.name].median for weight in group))
+        matrices = [_matrix(bench, weight) for weight in group]
+        rules[name] = RowRule.of(matrices, [rows[weight.name].median for weight in group])
         names |= {weight.name: name for weight in group}
 
     def by_rule(weight: Weight) -> Weight:

@@ -58,7 +58,7 @@ def to_rows(activation: Tensor, tap: Tap) -> Tensor:
 
 
 def observe(moments: InputMoments, tap: Tap, activation: Tensor, weigh: Weigh | None = None) -> None:
-    """Adds the rows of one activation to the moments of its tap, in float64 and bounded memory.
+    """Adds the rows of one activation to the moments of its tap, in bounded memory.
 
     An activation (any floating dtype and device) that contains NaN or infinity is not added: its elements that are not
     finite are counted. `weigh` gives the weights w `[n]` of rows `[g, n, d]`, which enter as √w times what they are.
@@ -105,9 +105,9 @@ def _runs(activation: Tensor, inside: Inside) -> Sequence[Tensor]:
 
 
 def _add(moments: InputMoments, view: _RowView, piece: Tensor, scale: float, weigh: Weigh | None) -> None:
-    # A function of its own, so that its float64 copy is gone before the next one is made.
+    # A function of its own, so that its copy of the rows is gone before the next one is made.
     # Conversion and copy in one pass: a cast alone keeps the strides of im2col, and reshaping copies again.
-    rows = view.rows(piece.to(moments.device, torch.float64, memory_format=torch.contiguous_format))
+    rows = view.rows(piece.to(moments.device, moments.products, memory_format=torch.contiguous_format))
     # The factor follows the conversion: in half precision it would be rounded away.
     rows = rows if scale == 1 else rows * scale
     moments.update(rows if weigh is None else rows * weigh(rows).to(rows).sqrt()[:, None])
