@@ -14,7 +14,7 @@ import tiny_models as tiny
 
 from onnx_optshift.errors import InputError
 from onnx_optshift.graph.modelfile import ModelFile
-from onnx_optshift.prove.static import unchanged_outside
+from onnx_optshift.prove.static import holds
 from onnx_optshift.write.atomic import data_files
 from onnx_optshift.write.patch import write_beside
 
@@ -48,7 +48,7 @@ def test_data_is_copied_whole_whoever_does_it(kernel, tmp_path: Path, monkeypatc
     model, out = ModelFile.load(source), tmp_path / "out.onnx"
     new = {"W2": 2 * model.initializer("W2")}
     with write_beside(model, new, out) as written:
-        unchanged_outside(model, written.temp_path, new)
+        holds(model, written.temp_path, new)
         written.commit()
     (data,) = data_files(out)
     before, after = (tmp_path / "w.data").read_bytes(), data.read_bytes()
@@ -88,7 +88,7 @@ def test_weights_of_bodies_become_external_too(tmp_path: Path) -> None:
     model, out = ModelFile.load(source), tmp_path / "out.onnx"
     new = {"A": 2 * weights["A"]}
     with write_beside(model, new, out, save_as_external=True) as written:
-        unchanged_outside(model, written.temp_path, new)
+        holds(model, written.temp_path, new)
         written.commit()
     assert out.stat().st_size < weights["A"].nbytes < source.stat().st_size
     session = ort.InferenceSession(out, providers=["CPUExecutionProvider"])

@@ -52,7 +52,7 @@ def test_float32_products_resolve_what_they_say():
         exact.update(torch.from_numpy(part))
         single.update(torch.from_numpy(part))
     single = single.merge(InputMoments(2, 9))
-    off = float(((single.gram() - exact.gram()).norm() / exact.gram().norm()))
+    off = float((single.gram() - exact.gram()).norm() / exact.gram().norm())
     assert off < 1e-6  # so that singular values of 1e-3 of the largest are resolved
     assert off > 1e-10  # negative control: the products were float32
     torch.testing.assert_close(single.total, exact.total, rtol=1e-5, atol=1e-5)

@@ -19,7 +19,7 @@ from onnx import TensorProto, numpy_helper
 
 from onnx_optshift.errors import InputError, OptShiftError
 from onnx_optshift.graph.modelfile import ModelFile
-from onnx_optshift.prove.static import PatchError, unchanged_outside
+from onnx_optshift.prove.static import PatchError, holds
 from onnx_optshift.write import atomic, patch
 from onnx_optshift.write.patch import write_beside
 
@@ -38,7 +38,7 @@ def written(source: Path | onnx.ModelProto, out: Path, names: tuple[str, ...] = 
     arrays = {name: NEW[name] for name in names}
     with write_beside(model, arrays, out, **options) as result:
         assert result.final_path == out
-        unchanged_outside(model, result.temp_path, names)
+        holds(model, result.temp_path, arrays)
         ort.InferenceSession(result.temp_path, providers=["CPUExecutionProvider"])  # it can be tried before it counts
         result.commit()
     assert not [path.name for path in out.parent.iterdir() if path.name.startswith(".")]
@@ -116,9 +116,11 @@ def test_constant_nodes(tmp_path: Path) -> None:
     model = ModelFile.load(tiny.model(text))
     new = np.full((4, 1), 0.5, np.float32)
     with write_beside(model, {"k": new}, tmp_path / "out.onnx") as result:
-        unchanged_outside(model, result.temp_path, {"k"})
+        holds(model, result.temp_path, {"k": new})
+        with pytest.raises(PatchError, match="'k' does not hold"):
+            holds(model, result.temp_path, {"k": np.nextafter(new, np.float32(1))})
         with pytest.raises(PatchError, match="'k' differs"):
-            unchanged_outside(model, result.temp_path, ())
+            holds(model, result.temp_path, {})
         result.commit()
     assert np.array_equal(ModelFile.load(tmp_path / "out.onnx").initializer("k"), new)
 
@@ -237,8 +239,9 @@ def test_tensors_that_share_bytes_part(tmp_path: Path) -> None:
     next(e for e in proto.graph.initializer[1].external_data if e.key == "offset").value = "0"
     path.write_bytes(proto.SerializeToString())
     model = ModelFile.load(path)
-    with write_beside(model, {"A": tiny.weight(4, 4, seed=1)}, tmp_path / "out.onnx") as result:
-        unchanged_outside(model, result.temp_path, {"A"})
+    new = {"A": tiny.weight(4, 4, seed=1)}
+    with write_beside(model, new, tmp_path / "out.onnx") as result:
+        holds(model, result.temp_path, new)
         result.commit()
     found = values(tmp_path / "out.onnx")
     assert np.array_equal(found["A"], tiny.weight(4, 4, seed=1))
@@ -435,24 +438,24 @@ TAMPERINGS = {
 def test_the_check_notices(case: str, tmp_path: Path) -> None:
     change, message = TAMPERINGS[case]
     model = ModelFile.load(tiny.two_layers())
-    unchanged_outside(model, tampered(model, tmp_path / "good.onnx", lambda proto: None), NEW)
+    holds(model, tampered(model, tmp_path / "good.onnx", lambda proto: None), NEW)
     with pytest.raises(OptShiftError, match=message):
-        unchanged_outside(model, tampered(model, tmp_path / "bad.onnx", change), NEW)
+        holds(model, tampered(model, tmp_path / "bad.onnx", change), NEW)
 
 
 def test_the_check_reads_external_data(tmp_path: Path) -> None:
     source = external(tmp_path, "all")
     model = ModelFile.load(source)
     with write_beside(model, {"W2": NEW["W2"]}, tmp_path / "out.onnx") as result:
-        unchanged_outside(model, result.temp_path, {"W2"})
+        holds(model, result.temp_path, {"W2": NEW["W2"]})
         with pytest.raises(PatchError, match="'W2' differs"):
-            unchanged_outside(model, result.temp_path, {"W1"})
+            holds(model, result.temp_path, {"W1": model.initializer("W1")})
         (data,) = tmp_path.glob("out.*.data")
         content = bytearray(data.read_bytes())
         content[16] ^= 1  # the first byte of W1
         data.write_bytes(content)
         with pytest.raises(PatchError, match="'W1' differs"):
-            unchanged_outside(model, result.temp_path, {"W2"})
+            holds(model, result.temp_path, {"W2": NEW["W2"]})
 
 
 def test_the_check_lets_old_numbers_that_are_none_pass(tmp_path: Path) -> None:
@@ -461,4 +464,4 @@ def test_the_check_lets_old_numbers_that_are_none_pass(tmp_path: Path) -> None:
     proto.graph.initializer[1].float_data.extend([float("nan"), 1, 2, 3, 4])
     model = ModelFile.load(proto)
     with write_beside(model, NEW, tmp_path / "out.onnx") as result:
-        unchanged_outside(model, result.temp_path, NEW)
+        holds(model, result.temp_path, NEW)

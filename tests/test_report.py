@@ -287,7 +287,7 @@ def test_range_speaks_of_quantization_first_and_says_what_it_costs_in_float():
 
 def test_a_measured_bound_is_never_called_allowed():
     assert "allowed" not in words(RANGE, verbose=True)
-    assert "measured on the trial: 0.470" in words(RANGE)
+    assert "0.460, measured, no bound was set" in words(RANGE)
     assert "allowed" in words(report())
 
 

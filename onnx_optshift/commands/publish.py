@@ -49,5 +49,5 @@ def published(
         if decision.promise.tolerance > 0 and decision.candidate.tolerance > 0 and attempt <= SHRINKS:
             decision = shrunk(grounds, decision, proof)
         else:
-            decision = reverted(grounds, decision, prover.floor(decision.promise.covered, arrays))
+            decision = reverted(grounds, decision, prover.floor(decision.promise, arrays))
     raise ToleranceError(missed(proof))

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from onnx_optshift.decide.decision import Decision, Grounds, Way, decided, measured
-from onnx_optshift.prove.floor import Promise
+from onnx_optshift.decide.decision import Decision, Grounds, Way, decided, unbounded
 from onnx_optshift.run.candidate import Candidate, while_held
 from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.on_grid import best_starts, placed
@@ -22,7 +21,7 @@ NARROWED = "narrowed, every layer at its own residual"
 def by_rounding(grounds: Grounds, *, snap: bool, most: float = 1.0) -> Decision:
     """What to write for a quantizer: weights on its grid, or only narrow for it, from a residual of so much at most.
 
-    Its promise is what the outputs were measured to deviate by.
+    It promises no bound: what the outputs deviate by is measured on the written file.
     """
     starts = best_starts(grounds.fit, most, snap=snap)
 
@@ -39,10 +38,8 @@ def by_rounding(grounds: Grounds, *, snap: bool, most: float = 1.0) -> Decision:
     full = way(grounds.full)
     fit = full if grounds.fit is grounds.full else way(grounds.fit)
     name = SNAPPED if snap else NARROWED
-    # The promise is measured once, on what is taken: a pass over all samples.
-    pending = Promise(most, "measured", grounds.samples)
-    decision = decided(grounds, Way(name, full, fit), 0.0, pending, name)
+    decision = decided(grounds, Way(name, full, fit), 0.0, unbounded(grounds), name)
     residuals = sorted(start.residual for start in starts.values())
     spread = f"{residuals[0]:.2g} to {residuals[-1]:.2g}" if residuals else "none"
     note = f"{name}: residuals {spread} before rounding, chosen on rows that did not fit them"
-    return replace(decision, promise=measured(grounds, decision.candidate), notes=(*decision.notes, note))
+    return replace(decision, notes=(*decision.notes, note))

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.decide.by_rounding import by_rounding
-from onnx_optshift.decide.decision import Decision, Grounds, Way, decided, measured
+from onnx_optshift.decide.decision import Decision, Grounds, Way, decided, unbounded
 from onnx_optshift.decide.draws import balanced_batch, batch_sizes, classes_of
 from onnx_optshift.decide.gate import NO_INCREASE, paired
 from onnx_optshift.decide.recapture import affordable, layer_by_layer
@@ -60,10 +60,12 @@ def choose(grounds: Grounds, settings: Settings, layers_for: Callable[[Samples],
     notes: tuple[str, ...] = ()
     if snap:
         decision = by_rounding(grounds, snap=True, most=settings.tolerance)
-        if decision.promise.tolerance <= settings.tolerance:
+        arrays = decision.candidate.arrays
+        deviation = grounds.bench.outputs.deviation(grounds.samples, arrays).largest_rel() if arrays else 0.0
+        if deviation <= settings.tolerance:
             return replace(decision, promise=Promise(settings.tolerance, "tolerance", grounds.samples))
         notes = (
-            f"on the quantizer's grid the outputs deviate by {decision.promise.tolerance:.2g}, more than the "
+            f"on the quantizer's grid the outputs deviate by {deviation:.2g}, more than the "
             "tolerance: the weights are only made narrow. --tolerance auto puts them on the grid",
         )
     decision = within(grounds, settings.tolerance)
@@ -190,9 +192,8 @@ def automatic(grounds: Grounds) -> Decision:
         decision = exact(grounds)
         reasons = dict.fromkeys(refused, NO_BETTER) if any(losses) else refused
         return replace(decision, rejected={**reasons, **decision.rejected}, notes=("auto chose the exact shift",))
-    candidate = grounds.full.candidate(chosen)  # held, so that it is not solved again
-    promise, note = measured(grounds, candidate), f"auto chose layer residual {chosen:.3g}"
-    return decided(grounds, grounds.parallel, chosen, promise, "auto", notes=(note,))
+    note = f"auto chose layer residual {chosen:.3g}"
+    return decided(grounds, grounds.parallel, chosen, unbounded(grounds), "auto", notes=(note,))
 
 
 @dataclass(frozen=True)

@@ -52,8 +52,8 @@ _CHUNK = 1 << 22  # entries of a weight that are in float64 at the same time
 class Promise:
     """How far outputs of a file may be from the original's, and on which samples."""
 
-    tolerance: float  # relative deviation; 0 for exact
-    kind: str  # where it comes from: "noise" of the runtime for exact, a "tolerance" asked for, or "measured"
+    tolerance: float  # relative deviation; 0 for exact, infinite where no bound was set
+    kind: str  # where it comes from: "noise" of the runtime for exact, a "tolerance" asked for, or "measured" only
     covered: Samples
 
 
@@ -135,9 +135,9 @@ def verification(results: Mapping[str, Deviation], floor: Floor, promise: Promis
         raise ToleranceError(cannot_be_exact(floor))
     outputs = []
     for name, found in results.items():
-        bound = max(tolerance, floor.rel.get(name, 0.0))
-        passed = found.rel <= bound and (tolerance > 0 or found.max_rel <= floor.max_rel.get(name, 0.0))
-        kind = promise.kind if bound == tolerance else "noise"
+        bound = max(found.rel if math.isinf(tolerance) else tolerance, floor.rel.get(name, 0.0))
+        passed = found.rel <= bound < math.inf and (tolerance > 0 or found.max_rel <= floor.max_rel.get(name, 0.0))
+        kind = promise.kind if bound > floor.rel.get(name, 0.0) or tolerance == bound else "noise"
         figures = (found.max_abs, found.max_rel, found.rel, found.top1_agreement, found.samples)
         outputs.append(OutputComparison(name, *figures, bound, passed, kind, found.nonfinite))
     return Verification(passed=all(o.passed for o in outputs), outputs=tuple(outputs), noise_floor=floor.noise)

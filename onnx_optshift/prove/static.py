@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +21,13 @@ class PatchError(OptShiftError):
     """A written file is not what it was meant to be. It is discarded."""
 
 
-def unchanged_outside(original: ModelFile, written: Path, names: Collection[str]) -> None:
-    """Compares a written model with its original, byte by byte, but for the payloads of tensors of these names.
+def holds(original: ModelFile, written: Path, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    """Compares a written model byte by byte: with these arrays at tensors of their names, elsewhere with its original.
 
     Where a tensor is stored may differ (inline or in which external file), what it holds may not.
 
     Raises:
-        PatchError: Something else differs, or a patched tensor is not finite.
+        PatchError: Something differs, or a patched tensor is not finite.
     """
     copy = ModelFile.load(written)
     if _skeleton(original.proto) != _skeleton(copy.proto):
@@ -38,11 +38,15 @@ def unchanged_outside(original: ModelFile, written: Path, names: Collection[str]
         inline = not is_external(old) and not is_external(new)
         if inline and _storage(old) != _storage(new):
             raise PatchError(f"{what} is stored in {_storage(new)}, before in {_storage(old)}.")
-        if not (name and name in names):
+        if not (name and name in arrays):
             if not _same_payload(old, original.folder, new, copy.folder):
                 raise PatchError(f"{what} differs from the original, but was not to be changed.")
-        elif not _all_finite(copy.initializer(name)):
+            continue
+        array = copy.initializer(name)
+        if not _all_finite(array):
             raise PatchError(f"{what} would hold values that are not finite.")
+        if not _same_bytes(array, arrays[name]):
+            raise PatchError(f"{what} does not hold what was to be written there.")
 
 
 def _skeleton(proto: onnx.ModelProto) -> bytes:
@@ -65,11 +69,14 @@ def _same_payload(a: onnx.TensorProto, a_folder: Path | None, b: onnx.TensorProt
         return bool(a.SerializeToString(deterministic=True) == b.SerializeToString(deterministic=True))
     if a_folder == b_folder and is_external(a) and is_external(b) and locate(a, a_folder) == locate(b, b_folder):
         return True
-    one, two = payload(a, a_folder), payload(b, b_folder)
-    if one.size != two.size:
+    return _same_bytes(payload(a, a_folder), payload(b, b_folder))
+
+
+def _same_bytes(one: NDArray[np.generic], two: NDArray[np.generic]) -> bool:
+    if one.nbytes != two.nbytes:
         return False
-    starts = range(0, one.size, _CHUNK)
-    return all(np.array_equal(one[start : start + _CHUNK], two[start : start + _CHUNK]) for start in starts)
+    a, b = (np.ascontiguousarray(array).reshape(-1).view(np.uint8) for array in (one, two))
+    return all(np.array_equal(a[k : k + _CHUNK], b[k : k + _CHUNK]) for k in range(0, a.size, _CHUNK))
 
 
 def _all_finite(array: NDArray[np.generic]) -> bool:

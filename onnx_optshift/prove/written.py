@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
-from onnx_optshift.calibration.source import Samples
+import numpy as np
+
 from onnx_optshift.prove.floor import Floor, Promise, noise_floor, verification
-from onnx_optshift.prove.static import unchanged_outside
+from onnx_optshift.prove.static import holds
 from onnx_optshift.report.model import Verification
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.candidate import Arrays
 from onnx_optshift.write.atomic import Written, digest
+
+# Samples for the noise floor where a tolerance was granted.
+FEW_SAMPLES = 64
 
 
 class Prover:
@@ -22,8 +26,11 @@ class Prover:
         self._seed = seed
         self._floors: dict[tuple[str, frozenset[str]], Floor] = {}
 
-    def floor(self, samples: Samples, names: Collection[str]) -> Floor:
-        """The noise of the original on these samples, and what rounding these weights does; measured once."""
+    def floor(self, promise: Promise, names: Collection[str]) -> Floor:
+        """The noise of the original on what a promise covers, and what rounding these weights does; measured once."""
+        samples = promise.covered
+        if promise.tolerance > 0:  # the floor is a figure beside the tolerance, not the bound itself
+            samples = samples.select(np.arange(min(FEW_SAMPLES, len(samples))))
         key = (samples.fingerprint, frozenset(names))
         if key not in self._floors:
             self._floors[key] = noise_floor(self._bench, samples, names, self._seed)
@@ -33,11 +40,11 @@ class Prover:
         """SHA-256 of a file in its temporary place, and its proof; without a promise nothing may have changed.
 
         Raises:
-            PatchError: Other bytes differ than should.
+            PatchError: The file holds other bytes than it should.
             ToleranceError: The original's noise is so large that nothing can be proved.
         """
         self._bench.sessions.rest()  # what was written was read for it
-        unchanged_outside(self._bench.model, written.temp_path, set(arrays))
+        holds(self._bench.model, written.temp_path, arrays)
         sha256 = digest(written.temp_path)
         return sha256, self.compare(written.temp_path, sha256, set(arrays), promise)
 
@@ -49,6 +56,6 @@ class Prover:
         identical = sha256 == self._bench.model.sha256
         if identical or promise is None:
             return Verification(passed=True, outputs=(), noise_floor=None, identical_bytes=identical)
-        floor = self.floor(promise.covered, names)
+        floor = self.floor(promise, names)
         difference = self._bench.outputs.deviation(promise.covered, {}, lambda: self._bench.sessions.open(path))
         return verification(difference.results(), floor, promise)

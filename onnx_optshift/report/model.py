@@ -133,9 +133,9 @@ class OutputComparison:
     rel: float  # relative Frobenius difference over all samples
     top1_agreement: float | None  # share of rows with the same argmax, 0 to 1; None where that means nothing
     samples: int
-    bound: float  # what `rel` may be at most
+    bound: float  # what `rel` may be at most; where no bound was set, `rel` itself
     passed: bool
-    bound_kind: str = "noise"  # where the bound comes from: "noise", "tolerance" or "measured"
+    bound_kind: str = "noise"  # where the bound comes from: "noise", "tolerance", or "measured": none was set
     nonfinite: int = 0  # samples with NaN in both, or nothing but infinity: not compared there
 
 

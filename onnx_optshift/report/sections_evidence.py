@@ -10,13 +10,14 @@ from onnx_optshift.report.figures import Cell, Name, Word, change, number, perce
 from onnx_optshift.report.model import HeldoutResult, OutputComparison, QuantizationError, Report
 from onnx_optshift.report.section import Fact, Facts, Note, Section, Table, explained, marks
 
-_BOUNDS = {"noise": "allowed by noise", "tolerance": "allowed", "measured": "measured on the trial"}
+_BOUNDS = {"noise": "allowed by noise", "tolerance": "allowed", "measured": "measured, no bound was set"}
 
 
 def worst_output(outputs: Sequence[OutputComparison], *, judged: bool) -> Fact:
     """The output that deviates most."""
     worst = max(outputs, key=lambda output: (math.isnan(output.rel), output.rel))
-    remark = f"{_BOUNDS[worst.bound_kind]}: {number(worst.bound)}" if judged else "reported only"
+    bound = _BOUNDS[worst.bound_kind] + ("" if worst.bound_kind == "measured" else f": {number(worst.bound)}")
+    remark = bound if judged else "reported only"
     agreed = [output.top1_agreement for output in outputs if output.top1_agreement is not None]
     # Nobody must read "within its bound" as "the same" where answers changed.
     remark += f"; same answer on {100 * min(agreed):.2f} %" if agreed else ""

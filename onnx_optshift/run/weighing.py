@@ -43,8 +43,8 @@ class RowRule:
     """The weights of rows by the outputs that some layers give them: 1 over the mean of their relative energies.
 
     Attributes:
-        root: R `[g, d, k]`, float32, with R Rᵀ the mean of V Vᵀ over the layers, each divided by the median energy of its
-            output rows; k is d at most, so that a wide layer's weights cost no more than d² products a row.
+        root: R `[g, d, k]`, float32, with R Rᵀ the mean of V Vᵀ over the layers, each divided by the median energy of
+            its output rows; k is d at most, so that a wide layer's weights cost no more than d² products a row.
     """
 
     root: Tensor
