@@ -20,8 +20,8 @@ import numpy as np
 BATCH = 25
 
 
-def modelopt(source: Path, target: Path, data: dict[str, np.ndarray], *, mode: str, method: str | None = None) -> None:
-    """NVIDIA Model Optimizer; calibrates on the CPU and keeps float32 beside the quantized layers."""
+def modelopt(source: Path, target: Path, data: dict[str, np.ndarray], *, mode: str, method: str) -> None:
+    """NVIDIA Model Optimizer; calibrates on the CPU and keeps float32 beside the quantized layers; int4 per channel."""
     from modelopt.onnx.quantization import quantize
 
     # It was seen to rewrite the model that it is given: it gets a copy.
@@ -36,6 +36,7 @@ def modelopt(source: Path, target: Path, data: dict[str, np.ndarray], *, mode: s
         high_precision_dtype="fp32",
         output_path=str(target),
         log_level="ERROR",
+        **({"block_size": -1} if mode == "int4" else {}),  # a scale for each output channel, as the float weights have
     )
 
 
