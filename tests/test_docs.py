@@ -113,7 +113,9 @@ def installed(words):
 
 def run(line):
     words = shlex.split(line)
-    command = [sys.executable, *words[1:]] if words[0] == "python" else words
+    # Beside the interpreter, as its packages put them; the environment need not be an active one.
+    program = sys.executable if words[0] == "python" else str(Path(sys.executable).with_name(words[0]))
+    command = [program, *words[1:]]
     return subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
 
 
