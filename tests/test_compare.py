@@ -74,3 +74,13 @@ def test_strings_and_integers():
     assert deviation(np.array(["cat", "cow"]), words).rel == math.inf
     assert deviation(np.array([1, 2]), np.array([1, 2])).max_abs == 0.0
     assert deviation(np.array([1, 3]), np.array([1, 2])).max_abs == 1.0
+
+
+def test_embeddings_have_no_answer():
+    rng = np.random.default_rng(0)
+    vectors = rng.standard_normal((20, 8))
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    for values, answered in ((unit, False), (vectors, True), (np.eye(8)[:5], True)):  # one-hot rows are class scores
+        found = OutputDifference()
+        found.update(values, values, len(values))
+        assert (found.result().top1_agreement is not None) is answered

@@ -248,7 +248,7 @@ def test_what_a_shift_says():
         "Asked for: the same outputs on calibration data; objective norm.",
         "Verified: the written file was run on 1000 samples, every output within its bound.",
         "layers shifted 1 of 2, 2 more skipped",
-        "output deviation 6.0e-07, allowed by noise: 3.0e-06; same answer on 100.00 %",
+        "output deviation 6.0e-07, allowed by noise: 3.0e-06; same argmax on 100.00 %",
         "held-out loss 0.130 -> 0.120 (-7.7 %), 200 samples",
         "held-out accuracy 95.00 -> 96.00 % (+1.00 points)",
         "fc1.weight 64 x 128 61/64 4.00 -> 3.00 (-25 %) 2.1e-08 shifted",
@@ -271,7 +271,7 @@ def test_what_a_shift_says():
 def test_range_speaks_of_quantization_first_and_says_what_it_costs_in_float():
     found = words(RANGE)
     order = [
-        "Asked for: the deviation that serves held-out data best; objective range; to be quantized to 4, 8 bits.",
+        "Asked for: rounded weights as close as each layer allows; objective range; to be quantized to 4, 8 bits.",
         "output error, 4 bits 0.115 -> 0.102 (-11 %), held-out data",
         "layer error, 8 bits 0.00313 -> 0.00234 (-25 %), mean of 2 layers; worse in 0",
         "range 0.500 -> 0.447 (-11 %), mean of 2 layers",

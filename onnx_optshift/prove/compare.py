@@ -33,7 +33,7 @@ class Deviation:
     max_abs: float  # in the output's own unit
     max_rel: float
     rel: float
-    top1_agreement: float | None  # share of rows with the same argmax over the last axis; None where there is none
+    top1_agreement: float | None  # share of rows with the same argmax over the last axis; None where that means nothing
     samples: int  # run
     nonfinite: int  # of them, with values that could not be compared
     compared: bool  # whether any value was
@@ -85,7 +85,7 @@ class OutputDifference:
         self.max_rel = max(self.max_rel, float(relative.max()))
         self.squared_difference += float(np.square(difference).sum())
         self.squared_reference += float(np.square(finite).sum())
-        if r.ndim >= 2 and r.shape[-1] >= 2 and np.issubdtype(reference.dtype, np.floating):
+        if r.ndim >= 2 and r.shape[-1] >= 2 and np.issubdtype(reference.dtype, np.floating) and not _embeddings(finite):
             same = (y.argmax(axis=-1) == r.argmax(axis=-1))[~np.isnan(r).any(axis=-1)]
             self.agreeing += int(same.sum())
             self.ranked += same.size
@@ -99,6 +99,11 @@ class OutputDifference:
         agreement = self.agreeing / self.ranked if self.ranked else None
         figures = (self.max_abs, self.max_rel, rel, agreement, self.samples)
         return Deviation(*figures, self.nonfinite, self.compared)
+
+
+def _embeddings(values: NDArray[np.float64]) -> bool:
+    """Whether rows are vectors of norm 1 with negative entries: their largest entry answers nothing."""
+    return bool((values < 0).any() and np.allclose(np.linalg.norm(values, axis=-1), 1, rtol=0, atol=1e-3))
 
 
 @dataclass

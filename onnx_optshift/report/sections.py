@@ -124,12 +124,14 @@ def _asked(report: Report) -> str:
     if report.command != "shift":
         return _ASKED[report.command]
     tolerance = settings.get("tolerance", 0.0)
-    asked = {"auto": "the deviation that serves held-out data best", 0.0: "the same outputs on calibration data"}
+    bits = settings.get("quantization_bits")
+    best = "rounded weights as close as each layer allows" if bits else "the deviation that serves held-out data best"
+    asked = {"auto": best, 0.0: "the same outputs on calibration data"}
     parts = [asked.get(tolerance) or f"outputs within {tolerance:g} on calibration data"]
     if (batch := settings.get("stochastic")) is not None:
         parts[0] += f", for a batch of {batch} samples" if batch else ", for a batch that held-out data chooses"
     parts.append(f"objective {settings.get('objective', 'norm')}")
-    if bits := settings.get("quantization_bits"):
+    if bits:
         parts.append(f"to be quantized to {', '.join(map(str, bits))} bits")
     return "; ".join(parts)
 

@@ -19,8 +19,8 @@ def worst_output(outputs: Sequence[OutputComparison], *, judged: bool) -> Fact:
     bound = _BOUNDS[worst.bound_kind] + ("" if worst.bound_kind == "measured" else f": {number(worst.bound)}")
     remark = bound if judged else "reported only"
     agreed = [output.top1_agreement for output in outputs if output.top1_agreement is not None]
-    # Nobody must read "within its bound" as "the same" where answers changed.
-    remark += f"; same answer on {100 * min(agreed):.2f} %" if agreed else ""
+    # Nobody must read "within its bound" as "the same" where the largest entry is another.
+    remark += f"; same argmax on {100 * min(agreed):.2f} %" if agreed else ""
     return Fact("output deviation", worst.rel, remark)
 
 
@@ -30,7 +30,7 @@ def outputs(report: Report) -> Section | None:
     if proof is None:
         return None
     judged, noise = report.judges_outputs, proof.noise_floor
-    titles = ["output", "result", "deviation", "bound", "worst sample", "largest difference", "same answer", "samples"]
+    titles = ["output", "result", "deviation", "bound", "worst sample", "largest difference", "same argmax", "samples"]
     rows: list[list[Cell]] = []
     for o in proof.outputs:
         result = Word("passed" if o.passed else "FAILED") if judged else "reported only"

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from onnx_optshift.calibration.source import Samples
 from onnx_optshift.capture.statistics import StatisticsStore
 from onnx_optshift.run.feature_curvature import feature_curvature
 from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.prepare import Data, Prepared
 from onnx_optshift.solve.objective import Norm, Objective, make_grids, make_objective
+
+# Rows that are enough to compare a few starts of one layer by.
+JUDGING_ROWS, JUDGING_SAMPLES = 4096, 64
 
 
 def objective_of(prepared: Prepared) -> Objective:
@@ -48,7 +52,8 @@ def captured(prepared: Prepared, data: Data, objective: Objective) -> tuple[Laye
     """
     bench, make = prepared.bench, layers_maker(prepared, data, objective)
     # Captured when a layer first asks for it, unless its rows are part of the calibration data.
-    held = None if data.heldout is None else bench.statistics(data.heldout, "capture held-out rows")
+    judges = data.heldout if data.split or data.heldout is None else _enough(prepared, data.heldout)
+    held = None if judges is None else bench.statistics(judges, "capture held-out rows")
     judge = held if objective.grids else None  # or nobody asks, and they would only take room
     if not data.split or held is None:
         store = bench.statistics(data.calibration)
@@ -60,3 +65,9 @@ def captured(prepared: Prepared, data: Data, objective: Objective) -> tuple[Laye
     layers = make(bench.statistics(data.calibration) if len(fit.waves) > 1 else fit.merged(held))
     layers.part = make(fit, judge)
     return layers, layers.part
+
+
+def _enough(prepared: Prepared, heldout: Samples) -> Samples:
+    """Of held-out samples as many, evenly spaced, as bring every layer rows enough to choose by."""
+    fewest = min(prepared.bench.rows.values(), default=1)
+    return heldout.spread(max(JUDGING_SAMPLES, -(-JUDGING_ROWS // max(1, fewest))))
