@@ -182,10 +182,25 @@ def test_a_named_function_of_a_script(case, run):
     assert "[1, 9]" in said or "(1, 9)" in said
 
 
-def test_an_error_is_one_message(case, run):
-    status, said = run(case.model, "--optshift", "--optshift-calib", case.data, "--optshift-objective", "nrom")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--optshift-calib", "{data}", "--optshift-objective", "nrom"], "objective: 'nrom' is not known"),
+        (["--optshift-calib", "{folder}/none.npz"], "none.npz"),
+        (["--optshift-calib", "{script}:too_wide", "--onnxrt"], "too_wide"),
+    ],
+)
+def test_an_error_is_one_message(case, run, words, message):
+    status, said = run(case.model, "--optshift", *(word.format(**vars(case)) for word in words))
     assert status == 1
-    assert "objective: 'nrom' is not known" in said
+    assert message in said
+    assert "Traceback" not in said
+
+
+def test_a_file_that_is_no_model_is_one_message(case, run):
+    status, said = run(case.script, "--model-type", "onnx", "--optshift")
+    assert status == 1
+    assert "loader.py" in said
     assert "Traceback" not in said
 
 

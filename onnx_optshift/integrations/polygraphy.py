@@ -7,14 +7,15 @@ so that nothing heavy is loaded here: the pass is imported by the loader, when t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from polygraphy import util
 from polygraphy.backend.base import BaseLoader
+from polygraphy.backend.onnx import infer_shapes
 from polygraphy.logger import G_LOGGER
 from polygraphy.tools.args import DataLoaderArgs, ModelArgs, OnnxLoadArgs, OnnxrtSessionArgs
-from polygraphy.tools.args import util as args_util
 from polygraphy.tools.args.base import BaseRunnerArgs
 from polygraphy.tools.script import make_invocable
 
@@ -24,8 +25,6 @@ from onnx_optshift.options import SHIFT
 
 # What matters in a comparison; each is there as --optshift-NAME.
 OPTIONS = ("--calib", "--heldout", "--tolerance", "--objective", "--quantization-bits", "--range-block")
-# Samples that the runners are compared on together, where the model leaves that free: Polygraphy prints for each feed.
-FEED = 32
 
 
 class ShiftedOnnx(BaseLoader):
@@ -47,17 +46,13 @@ class ShiftedOnnx(BaseLoader):
     @util.check_called_by("__call__")  # type: ignore[untyped-decorator]  # the package has no types
     def call_impl(self) -> str:
         """Path of the shifted model's verified file; the run's summary is logged."""
-        from polygraphy.backend.onnx import infer_shapes
-
         import onnx_optshift
 
         model, loaded = util.invoke_if_callable(self._model)
         model = infer_shapes(model) if loaded else model  # outputs that --onnx-outputs adds come without a type
-        try:
+        with _one_message():
             self._result = onnx_optshift.shift(model, self._calibration, **self._settings)
             path = self._result.path if self._save_path is None else self._result.save(self._save_path)
-        except OptShiftError as error:
-            G_LOGGER.critical(str(error))  # raises what `polygraphy` shows without a traceback
         G_LOGGER.info(f"onnx-optshift: {self._result.report.summary}")
         for warning in self._result.report.warnings:
             G_LOGGER.warning(f"onnx-optshift: {warning}")
@@ -68,7 +63,16 @@ def calibration_feeds(model: str, calibration: list[str]) -> Iterator[dict[str, 
     """Calibration data in any form that onnx-optshift reads, as a data loader of Polygraphy."""
     from onnx_optshift.calibration.load import load
 
-    yield from (batch.feeds for batch in load(calibration, _inputs(model)).batches(FEED))
+    with _one_message():  # 32 samples together, as Polygraphy prints for each feed
+        yield from (batch.feeds for batch in load(calibration, _inputs(model)).batches(32))
+
+
+@contextmanager
+def _one_message() -> Iterator[None]:
+    try:
+        yield
+    except OptShiftError as error:
+        G_LOGGER.critical(str(error))  # raises what `polygraphy` shows without a traceback
 
 
 def _inputs(model: str) -> Any:
@@ -83,7 +87,6 @@ class _CalibrationDataArgs(DataLoaderArgs):
     """Data Loader: loading calibration data of onnx-optshift, where the user's own options would make random inputs."""
 
     def __init__(self, given: DataLoaderArgs, loader: Any) -> None:
-        super().__init__()
         self.__dict__.update(vars(given))
         self._loader = loader
 
@@ -108,13 +111,14 @@ class OptShiftRunnerArgs(BaseRunnerArgs):
         for flag, ours in ((flag, known[flag]) for flag in OPTIONS):
             name, kind = f"--optshift-{flag[2:]}", {"type": ours.type, "nargs": ours.nargs, "metavar": ours.metavar}
             self.group.add_argument(name, dest=f"optshift_{ours.dest}", default=None, help=ours.help, **kind)
-        self.group.add_argument("--optshift-save", metavar="FILE", help="keep the shifted model in this file")
+        self.group.add_argument(
+            "--optshift-save", dest="optshift_save_path", metavar="FILE", help="keep the model here"
+        )
 
     def parse_impl(self, args: Any) -> None:
         """Reads them into `options`, keyword arguments of `ShiftedOnnx`; None for what was not given."""
-        names = [ours.dest for flag, ours in parser_for(SHIFT)._option_string_actions.items() if flag in OPTIONS]
-        self.options = {name: args_util.get(args, f"optshift_{name}") for name in names}
-        self.options["save_path"] = args_util.get(args, "optshift_save")
+        given = {name.partition("optshift_"): value for name, value in vars(args).items()}
+        self.options = {name: value for (_, ours, name), value in given.items() if ours}
 
     def add_to_script_impl(self, script: Any) -> None:
         """Adds the loader, a session of what it gives, and the runner."""
@@ -123,7 +127,8 @@ class OptShiftRunnerArgs(BaseRunnerArgs):
         path, data = self.arg_groups[ModelArgs].path, self.arg_groups[DataLoaderArgs]
         calibration = self.options["calibration"]
         if data.is_using_random_data():
-            calibration = calibration or [str(found) for found in beside(Path(path), _inputs(path))]
+            with _one_message():
+                calibration = calibration or [str(found) for found in beside(Path(path), _inputs(path))]
             # A shift is made for the calibration data: on noise even an exact one may differ.
             if calibration and data.iterations is data.val_range is data.seed is None:
                 loader = make_invocable("calibration_feeds", path, calibration)
