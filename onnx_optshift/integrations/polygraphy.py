@@ -111,9 +111,7 @@ class OptShiftRunnerArgs(BaseRunnerArgs):
         for flag, ours in ((flag, known[flag]) for flag in OPTIONS):
             name, kind = f"--optshift-{flag[2:]}", {"type": ours.type, "nargs": ours.nargs, "metavar": ours.metavar}
             self.group.add_argument(name, dest=f"optshift_{ours.dest}", default=None, help=ours.help, **kind)
-        self.group.add_argument(
-            "--optshift-save", dest="optshift_save_path", metavar="FILE", help="keep the model here"
-        )
+        self.group.add_argument("--optshift-save", dest="optshift_save_path", metavar="FILE", help="keep the model")
 
     def parse_impl(self, args: Any) -> None:
         """Reads them into `options`, keyword arguments of `ShiftedOnnx`; None for what was not given."""
