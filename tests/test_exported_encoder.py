@@ -2,6 +2,7 @@
 
 import importlib.util
 import warnings
+from collections import UserDict
 
 import numpy as np
 import onnxruntime
@@ -126,6 +127,14 @@ def test_every_linear_layer_is_found(exported):
     assert len(weights) == LINEAR
     assert sorted({(w.d, w.m) for w in weights}) == [(WIDTH, WIDTH), (WIDTH, INNER), (INNER, WIDTH)]
     assert not [skip for skip in skips if skip.op_type in {"MatMul", "Gemm"}]
+
+
+def test_what_a_tokenizer_gives_is_data(exported):
+    """It is a dict by another name, often of 32-bit integers."""
+    path, calibration = exported
+    tokens = UserDict({name: array.astype(np.int32) for name, array in np.load(calibration).items()})
+    found, same = (onnx_optshift.inspect(path, data).calibration for data in (tokens, calibration))
+    assert found.fingerprint == same.fingerprint
 
 
 def test_an_exact_shift_keeps_the_answers(exported, tmp_path):
