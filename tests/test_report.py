@@ -75,7 +75,7 @@ SCHEMA = {
     "drift": "figure quantile limit passed baseline_figure layers baseline",
     "drift layers 0": "name samples quantiles worst",
     "drift layers 0 quantiles": "0.5 0.9 1.0",
-    "timing": "capture solve verify total",
+    "timing": "capture solve verify total judge",
 }
 WHOLE = report(quantization=ERRORS, flatness=flatness(), collapse=DIAGNOSIS, drift=DRIFT)
 

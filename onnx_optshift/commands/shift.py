@@ -96,6 +96,7 @@ def run(
             with clock("solve"):
                 grounds = grounds_of(prepared, prepared.data, full, fit)
                 decision = choose(grounds, settings, partial(drawn_layers, prepared, grounds))
+            clock.seconds["judge"] = grounds.gate.seconds if grounds.gate else 0.0
             if decision.candidate.arrays:
                 few = check_distinct(prepared.data.calibration, prepared.data.heldout, force=settings.force)
             found = replace(found, layers=full, decision=decision, gate=grounds.gate)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -90,6 +91,9 @@ class Gate:
         samples: Held-out data.
         tolerance: Relative deviation granted on the calibration data; widens the distance allowed without labels.
         rounded: Trial weights as a quantizer would round them, by grid; None when they stay as they are.
+
+    Attributes:
+        seconds: That models ran for verdicts so far.
     """
 
     def __init__(self, outputs: Outputs, samples: Samples, tolerance: float, rounded: Rounded | None = None) -> None:
@@ -100,6 +104,7 @@ class Gate:
         self._known: dict[str, tuple[Trial, Judged]] = {}
         self.loss = loss_of(outputs, samples)
         self._granted = 2 * tolerance
+        self.seconds = 0.0
         self._allowed_distance = max(UNLABELLED_DISTANCE, self._granted)
         self.before = self.run({})
 
@@ -115,9 +120,12 @@ class Gate:
 
     def run(self, arrays: Arrays) -> Judged:
         """Losses of the model with these weights; of the original when there are none."""
+        start = time.perf_counter()
         losses, right = self._run(arrays, self.loss)
         variants = self._rounded(arrays) if self._rounded else ()
-        return Judged(losses, right, {grid: self._run(rounded, DISTANCE)[0] for grid, rounded in variants})
+        judged = Judged(losses, right, {grid: self._run(rounded, DISTANCE)[0] for grid, rounded in variants})
+        self.seconds += time.perf_counter() - start
+        return judged
 
     def _run(self, arrays: Arrays, loss: Loss) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         found = [

@@ -25,12 +25,17 @@ from onnx_optshift.run.prepare import Prepared
 from onnx_optshift.solve.shift import Outcome
 
 
+STAGES = ("capture", "solve", "verify", "judge")
+
+
 @dataclass
 class Clock:
     """Seconds spent by stage, each of which is one of progress too."""
 
     progress: Progress = SILENT
-    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("capture", "solve", "verify"), 0.0))
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("capture", "solve", "verify", "judge"), 0.0)
+    )
     started: float = field(default_factory=time.perf_counter)
 
     @contextmanager

@@ -228,6 +228,7 @@ class Timing:
     solve: float
     verify: float
     total: float
+    judge: float = 0.0  # part of `solve`: runs of the model for verdicts of held-out data
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -222,7 +222,8 @@ def _frontier(report: Report) -> Section | None:
 
 def _run(report: Report) -> Section:
     timing, memory, device = report.timing, report.peak_memory_bytes, report.device
-    stages = f"capture {timing.capture:.1f}, solve {timing.solve:.1f}, verify {timing.verify:.1f}"
+    judged = f" (of it judging {timing.judge:.1f})" if timing.judge else ""
+    stages = f"capture {timing.capture:.1f}, solve {timing.solve:.1f}{judged}, verify {timing.verify:.1f}"
     rows = [
         Fact("device", device.note or f"{device.capture}, {device.solve}"),
         *_data("calibration", report.calibration),
