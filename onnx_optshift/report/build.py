@@ -24,7 +24,6 @@ from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.prepare import Prepared
 from onnx_optshift.solve.shift import Outcome
 
-
 STAGES = ("capture", "solve", "verify", "judge")
 
 
