@@ -184,7 +184,7 @@ def test_the_choice_is_the_judges():
     cost = problem.residual(round_to_nearest(problem.matrix, Grid(2)))
     shares, scales, ridges = grid_choice.RESIDUAL_SHARES, grid_choice.SCALE_SHARES, grid_choice.RIDGES
     errors = [error(Start(s * cost, scale, ridge)) for s, scale, ridge in itertools.product(shares, scales, ridges)]
-    # It is made after one sweep of the descent, and the ridge after the rest: near the best, not always the best.
+    # The ridge is chosen after the rest: near the best, not always the best.
     assert error(chosen) <= 1.05 * min(errors)
     assert max(errors) > 1.3 * error(chosen)  # negative control: the starts differ
 
