@@ -76,6 +76,27 @@ def test_observed_patches_have_the_gram_matrix_of_the_loops(name, chunk, monkeyp
     assert np.linalg.norm(moments.total.numpy() - expected.sum(1)) <= 1e-12 * np.abs(expected).sum()
 
 
+@pytest.mark.parametrize("name", ["1-D", "2-D", "2-D groups", "3-D"])
+def test_thinned_rows_are_some_of_each_sample_and_stand_for_all(name):
+    spatial, form = PATCHES[name]
+    images = torch.from_numpy(np.random.default_rng(0).standard_normal((40, CHANNELS, *spatial)))
+    width = CHANNELS // form.group * math.prod(form.kernel)
+    tap = Tap("x", form, form.group, width)
+    whole, thin = InputMoments(form.group, width), InputMoments(form.group, width)
+    observe(whole, tap, images)
+    observe(thin, tap, images, every=5)
+    assert 0.1 * whole.rows < thin.rows < 0.3 * whole.rows
+    off = (thin.gram() / thin.rows - whole.gram() / whole.rows).norm() / (whole.gram() / whole.rows).norm()
+    # The entries of a mean of n products of standard normals deviate by n^-1/2.
+    assert float(off) < 3 * (width / thin.rows) ** 0.5
+    alone = InputMoments(form.group, width)
+    observe(alone, tap, images[:1], every=5)
+    assert alone.rows == thin.rows // 40  # of every sample as many
+    many = InputMoments(form.group, width)
+    observe(many, tap, images, every=10**6)
+    assert many.rows >= 40  # no sample is left out
+
+
 def test_both_ways_through_patches_are_exercised():
     ways = {name: lag_axis(torch.from_numpy(patch_case(name)[0]), form) for name, (_, form) in PATCHES.items()}
     assert ways["2-D"] == ways["1-D"] == 0

@@ -46,6 +46,7 @@ class Bench:
     rows: Mapping[Tap, int] = field(default_factory=dict)  # that one sample gives each tap, where that was measured
     rules: Mapping[str, Weigh] = field(default_factory=dict)  # how rows are weighed, by the name that taps give
     products: torch.dtype = torch.float64  # in which products of rows are taken
+    every: Mapping[Tap, int] = field(default_factory=dict)  # of so many rows of a tap one is taken; all where not given
 
     def __post_init__(self) -> None:
         if self.weights and not self.waves:
@@ -90,7 +91,7 @@ class Bench:
         session = self.sessions.probe(taps)
 
         def sink(tap: Tap, _: Batch, activation: torch.Tensor) -> None:
-            observe(moments[tap], tap, activation, self.rules.get(tap.weighed))
+            observe(moments[tap], tap, activation, self.rules.get(tap.weighed), self.every.get(tap, 1))
 
         with self.progress.stage(stage, len(samples)) as advance:
             stream(session, taps, samples.batches(self.batch_size), sink, done=advance)

@@ -11,8 +11,8 @@ from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.prepare import Data, Prepared
 from onnx_optshift.solve.objective import Norm, Objective, make_grids, make_objective
 
-# Rows that are enough to compare a few starts of one layer by.
-JUDGING_ROWS, JUDGING_SAMPLES = 4096, 64
+# Rows that are enough to compare a few starts of one layer by, and samples that are taken for them.
+JUDGING_ROWS, JUDGING_SAMPLES = 4096, (64, 256)
 
 
 def objective_of(prepared: Prepared) -> Objective:
@@ -70,4 +70,5 @@ def captured(prepared: Prepared, data: Data, objective: Objective) -> tuple[Laye
 def _enough(prepared: Prepared, heldout: Samples) -> Samples:
     """Of held-out samples as many, evenly spaced, as bring every layer rows enough to choose by."""
     fewest = min(prepared.bench.rows.values(), default=1)
-    return heldout.spread(max(JUDGING_SAMPLES, -(-JUDGING_ROWS // max(1, fewest))))
+    least, most = JUDGING_SAMPLES
+    return heldout.spread(min(most, max(least, -(-JUDGING_ROWS // max(1, fewest)))))

@@ -31,6 +31,8 @@ from onnx_optshift.settings import Settings
 if TYPE_CHECKING:
     import onnx
 
+# Rows for each input of a layer whose weights are going to be rounded; more of them change nothing.
+ENOUGH_ROWS = 64
 # Fewer samples than this cannot be split into one part that fits and one that judges.
 FEWEST_TO_SPLIT = 10
 # The word for `--heldout` that switches the gate off: exact on the calibration data is then all that is promised.
@@ -128,10 +130,13 @@ def prepare(
     costs = bench.costs(samples, parts=1 + data.split + rounds, metric=settings.objective == "curvature")
     plan = make_plan(costs, bench.weights, settings.batch_size, Budget.of(settings.max_memory, device.solve))
     size, kept, waves = plan.batch_size, plan.kept, plan.waves
-    # What rounding to a few bits does to outputs is far above what float32 products leave unresolved.
-    coarse = settings.objective == "range" and settings.quantization_bits and settings.tolerance != 0
-    products = torch.float32 if coarse else torch.float64
-    bench = replace(bench, batch_size=size, kept_bytes=kept, waves=waves, rows=costs.rows, products=products)
+    bench = replace(bench, batch_size=size, kept_bytes=kept, waves=waves, rows=costs.rows)
+    if settings.objective == "range" and settings.quantization_bits and settings.tolerance != 0:
+        # What rounding to a few bits does to outputs is far above what float32 products leave unresolved, and what
+        # rows beyond these would tell: convolutions of large images have thousands for each input.
+        counts = {tap: count * len(samples) for tap, count in costs.rows.items()}
+        every = {tap: max(1, count // (ENOUGH_ROWS * tap.width)) for tap, count in counts.items()}
+        bench = replace(bench, products=torch.float32, every=every)
     note = bench.sessions.original().note
     data = _warned(data, note) if note else data
     reads = (*sources, *(heldout or ()))

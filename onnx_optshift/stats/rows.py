@@ -38,6 +38,16 @@ class _RowView:
         shape = tensor.shape
         return tensor.reshape(math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:]))
 
+    def thinned(self, every: int) -> _RowView:
+        """One of so many rows of each sample, evenly spaced along its last axes; no sample is left out."""
+        tensor = self.tensor
+        for axis in range(tensor.ndim - self.feature_axes - 1, self.group_axes, -1):
+            step = min(every, tensor.shape[axis])
+            # From the middle of a step: at the edges patches hold padding.
+            tensor = tensor[(slice(None),) * axis + (slice(step // 2, None, step),)]
+            every = round(every / max(1, step))
+        return replace(self, tensor=tensor)
+
     def slices(self, limit: int) -> Iterator[Tensor]:
         """Slices along the row axes, of at most `limit` rows each."""
         return _slices(self.tensor, self.group_axes, self.tensor.ndim - self.feature_axes, limit)
@@ -57,18 +67,19 @@ def to_rows(activation: Tensor, tap: Tap) -> Tensor:
     return rows if tap.form.scale == 1 else rows * tap.form.scale
 
 
-def observe(moments: InputMoments, tap: Tap, activation: Tensor, weigh: Weigh | None = None) -> None:
+def observe(moments: InputMoments, tap: Tap, activation: Tensor, weigh: Weigh | None = None, every: int = 1) -> None:
     """Adds the rows of one activation to the moments of its tap, in bounded memory.
 
     An activation (any floating dtype and device) that contains NaN or infinity is not added: its elements that are not
-    finite are counted. `weigh` gives the weights w `[n]` of rows `[g, n, d]`, which enter as √w times what they are.
+    finite are counted. `weigh` gives the weights w `[n]` of rows `[g, n, d]`, which enter as √w times what they are. Of
+    each sample's rows one of `every` is enough where they are many.
 
     Raises:
         InputError: The activation does not have the tap's shape.
     """
     if tap.inside is not None:
         for piece in _runs(activation, tap.inside):
-            observe(moments, replace(tap, inside=None), piece, weigh)
+            observe(moments, replace(tap, inside=None), piece, weigh, every)
         return
     form = tap.form
     if activation.numel() == 0:
@@ -86,13 +97,13 @@ def observe(moments: InputMoments, tap: Tap, activation: Tensor, weigh: Weigh | 
         per_image = math.prod(outputs(activation, form))
         rows = len(activation) * per_image
         axis = lag_axis(activation, form)
-        if weigh is None and axis is not None and moments.rows + rows > tap.width:
+        if weigh is None and every == 1 and axis is not None and moments.rows + rows > tap.width:
             gram, total = patch_gram(activation, form, axis, device=moments.device, chunk_bytes=CHUNK_BYTES)
             moments.update_gram(gram * form.scale**2, total * form.scale, rows)
             return
         parts = torch.split(activation, max(1, limit // per_image))  # padding copies: only these images at a time
     for part in parts:
-        view = _view(part, tap)
+        view = _view(part, tap).thinned(every)
         for piece in view.slices(limit):
             _add(moments, view, piece, form.scale, weigh)
 
