@@ -46,7 +46,7 @@ class Bench:
     rows: Mapping[Tap, int] = field(default_factory=dict)  # that one sample gives each tap, where that was measured
     rules: Mapping[str, Weigh] = field(default_factory=dict)  # how rows are weighed, by the name that taps give
     products: torch.dtype = torch.float64  # in which products of rows are taken
-    every: Mapping[Tap, int] = field(default_factory=dict)  # of so many rows of a tap one is taken; all where not given
+    every: Mapping[Tap, int] = field(default_factory=dict)  # of so many patches one is taken; all where not given
 
     def __post_init__(self) -> None:
         if self.weights and not self.waves:
@@ -90,8 +90,10 @@ class Bench:
         moments = {tap: InputMoments(tap.groups, tap.width, self.device.solve, self.products) for tap in taps}
         session = self.sessions.probe(taps)
 
-        def sink(tap: Tap, _: Batch, activation: torch.Tensor) -> None:
-            observe(moments[tap], tap, activation, self.rules.get(tap.weighed), self.every.get(tap, 1))
+        def sink(tap: Tap, batch: Batch, activation: torch.Tensor) -> None:
+            # Each batch takes other patches than the last one: where on an image something is seen may matter.
+            phase, rule = int(batch.indices[0]) // len(batch.indices), self.rules.get(tap.weighed)
+            observe(moments[tap], tap, activation, rule, every=self.every.get(tap, 1), phase=phase)
 
         with self.progress.stage(stage, len(samples)) as advance:
             stream(session, taps, samples.batches(self.batch_size), sink, done=advance)

@@ -17,6 +17,7 @@ from onnx_optshift.calibration.split import split
 from onnx_optshift.calibration.synthetic import synthetic
 from onnx_optshift.capture.session import resolve_device
 from onnx_optshift.errors import InputError
+from onnx_optshift.geometry import PatchRows
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.selection import Selection
@@ -31,8 +32,8 @@ from onnx_optshift.settings import Settings
 if TYPE_CHECKING:
     import onnx
 
-# Rows for each input of a layer whose weights are going to be rounded; more of them change nothing.
-ENOUGH_ROWS = 64
+# Patches for each input of a convolution whose weights are going to be rounded, and of each image: more change nothing.
+ENOUGH_ROWS, ENOUGH_OF_IMAGE = 64, 16
 # Fewer samples than this cannot be split into one part that fits and one that judges.
 FEWEST_TO_SPLIT = 10
 # The word for `--heldout` that switches the gate off: exact on the calibration data is then all that is promised.
@@ -133,9 +134,13 @@ def prepare(
     bench = replace(bench, batch_size=size, kept_bytes=kept, waves=waves, rows=costs.rows)
     if settings.objective == "range" and settings.quantization_bits and settings.tolerance != 0:
         # What rounding to a few bits does to outputs is far above what float32 products leave unresolved, and what
-        # rows beyond these would tell: convolutions of large images have thousands for each input.
-        counts = {tap: count * len(samples) for tap, count in costs.rows.items()}
-        every = {tap: max(1, count // (ENOUGH_ROWS * tap.width)) for tap, count in counts.items()}
+        # more patches would tell: convolutions of large images have thousands for each input. Tokens are all taken:
+        # what stands at a position is no accident.
+        every = {
+            tap: max(1, min(len(samples) * count // (ENOUGH_ROWS * tap.width), count // ENOUGH_OF_IMAGE))
+            for tap, count in costs.rows.items()
+            if isinstance(tap.form, PatchRows)
+        }
         bench = replace(bench, products=torch.float32, every=every)
     note = bench.sessions.original().note
     data = _warned(data, note) if note else data

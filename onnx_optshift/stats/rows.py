@@ -38,14 +38,14 @@ class _RowView:
         shape = tensor.shape
         return tensor.reshape(math.prod(shape[:first]), math.prod(shape[first:last]), math.prod(shape[last:]))
 
-    def thinned(self, every: int) -> _RowView:
-        """One of so many rows of each sample, evenly spaced along its last axes; no sample is left out."""
+    def thinned(self, every: int, phase: int) -> _RowView:
+        """One of so many rows of each sample, evenly spaced along its last axes; another phase takes others."""
         tensor = self.tensor
         for axis in range(tensor.ndim - self.feature_axes - 1, self.group_axes, -1):
             step = min(every, tensor.shape[axis])
             # From the middle of a step: at the edges patches hold padding.
-            tensor = tensor[(slice(None),) * axis + (slice(step // 2, None, step),)]
-            every = round(every / max(1, step))
+            tensor = tensor[(slice(None),) * axis + (slice((step // 2 + phase) % step, None, step),)]
+            every, phase = round(every / step), phase // step
         return replace(self, tensor=tensor)
 
     def slices(self, limit: int) -> Iterator[Tensor]:
@@ -67,19 +67,27 @@ def to_rows(activation: Tensor, tap: Tap) -> Tensor:
     return rows if tap.form.scale == 1 else rows * tap.form.scale
 
 
-def observe(moments: InputMoments, tap: Tap, activation: Tensor, weigh: Weigh | None = None, every: int = 1) -> None:
+def observe(
+    moments: InputMoments,
+    tap: Tap,
+    activation: Tensor,
+    weigh: Weigh | None = None,
+    *,
+    every: int = 1,
+    phase: int = 0,
+) -> None:
     """Adds the rows of one activation to the moments of its tap, in bounded memory.
 
     An activation (any floating dtype and device) that contains NaN or infinity is not added: its elements that are not
     finite are counted. `weigh` gives the weights w `[n]` of rows `[g, n, d]`, which enter as √w times what they are. Of
-    each sample's rows one of `every` is enough where they are many.
+    each image's patches one of `every` is taken, by turns: `phase` counts the turns.
 
     Raises:
         InputError: The activation does not have the tap's shape.
     """
     if tap.inside is not None:
         for piece in _runs(activation, tap.inside):
-            observe(moments, replace(tap, inside=None), piece, weigh, every)
+            observe(moments, replace(tap, inside=None), piece, weigh, every=every, phase=phase)
         return
     form = tap.form
     if activation.numel() == 0:
@@ -103,7 +111,8 @@ def observe(moments: InputMoments, tap: Tap, activation: Tensor, weigh: Weigh | 
             return
         parts = torch.split(activation, max(1, limit // per_image))  # padding copies: only these images at a time
     for part in parts:
-        view = _view(part, tap).thinned(every)
+        view = _view(part, tap)
+        view = view.thinned(every, phase) if every > 1 else view
         for piece in view.slices(limit):
             _add(moments, view, piece, form.scale, weigh)
 
