@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import onnx
 
 # Patches for each input of a convolution whose weights are going to be rounded, and of each image: more change nothing.
-ENOUGH_ROWS, ENOUGH_OF_IMAGE = 64, 16
+ENOUGH_ROWS, ENOUGH_OF_IMAGE = 64, 64
 # Fewer samples than this cannot be split into one part that fits and one that judges.
 FEWEST_TO_SPLIT = 10
 # The word for `--heldout` that switches the gate off: exact on the calibration data is then all that is promised.
