@@ -41,7 +41,7 @@ from onnx_optshift.write.patch import write_beside
 BATCH = 16
 MASK = "attention_mask"
 ERROR = "output error"
-WAYS = ("RTN", "GPTQ", "MagR + RTN", "MagR + GPTQ", "ours")
+WAYS = ("RTN", "GPTQ", "MagR + GPTQ", "ours")
 
 Arrays = dict[str, NDArray[np.generic]]
 
