@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from onnx_optshift.settings import OBJECTIVES, RANGE_SCOPES, ROW_WEIGHTINGS
+from onnx_optshift.settings import OBJECTIVES, RANGE_LEVELS, RANGE_SCOPES, ROW_WEIGHTINGS
 
 PROGRAM = "onnx-optshift"
 SHIFT, INSPECT, VERIFY, DIAGNOSE = "shift", "inspect", "verify", "diagnose"
@@ -128,6 +128,8 @@ def _choices(add: _Add) -> None:
     text = "what shares a scale of the quantizer, for --objective range (default: channel)"
     add(_SOLVED, "--range-scope", text, metavar="|".join(RANGE_SCOPES))
     add(_SOLVED, "--range-block", "inputs of a channel that share a scale: 32, 64 or 128", **_N)
+    text = "levels of the quantizer: symmetric (-7 to 7), full (-8 to 7), or auto: full in blocks (default: auto)"
+    add(_SOLVED, "--range-levels", text, metavar="|".join(RANGE_LEVELS))
     text = "with --objective range and one bit width: narrow floats instead of weights on the quantizer's grid"
     add(_SOLVED, "--no-snap", text, dest="snap", action="store_false")
     text = "how rows count: each relative to its own output (relative, the default), or all alike (none)"

@@ -14,6 +14,7 @@ from onnx_optshift.errors import InputError, closest
 OBJECTIVES = ("norm", "range", "curvature")
 ROW_WEIGHTINGS = ("relative", "none")
 RANGE_SCOPES = ("channel", "tensor")
+RANGE_LEVELS = ("auto", "symmetric", "full")
 MOST_BITS = 8
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 # The smallest whole number that a field takes, where that is not 1.
@@ -65,6 +66,9 @@ class Settings:
             output channel; `"tensor"` the whole weight.
         range_block: Consecutive inputs of a channel that share a scale, as 4-bit weight-only quantizers have it (32,
             64, 128); None, the default, for `range_scope`.
+        range_levels: Levels that the largest weight of what shares a scale is given: `"symmetric"`, the same on both
+            sides of 0 (-7 to 7 at 4 bits); `"full"`, one more on its own side (-8 to 7); `"auto"`, the default, as most
+            quantizers have it: full in blocks, symmetric elsewhere.
         snap: Whether weights are put on the grid of the quantizer, so that round-to-nearest reproduces them, where the
             objective is `"range"`, one bit width is given and the tolerance leaves room; True, the default. Otherwise
             they are only made narrow for it.
@@ -106,6 +110,7 @@ class Settings:
     quantization_bits: tuple[int, ...] = ()
     range_scope: str = "channel"
     range_block: int | None = None
+    range_levels: str = "auto"
     snap: bool = True
     row_weighting: str = "relative"
     row_mask: str = "auto"
@@ -136,6 +141,7 @@ class Settings:
         _check_known("objective", self.objective, OBJECTIVES)
         _check_known("row_weighting", self.row_weighting, ROW_WEIGHTINGS)
         _check_known("range_scope", self.range_scope, RANGE_SCOPES, "; for blocks give range_block")
+        _check_known("range_levels", self.range_levels, RANGE_LEVELS)
         if self.range_scope == "tensor" and self.range_block is not None:
             raise InputError(
                 f"range_scope 'tensor' and range_block {self.range_block} contradict each other: a scale is shared by "
@@ -169,7 +175,7 @@ class Settings:
 
     def _refuse_ignored(self) -> None:
         # What nothing would ask for must not be dropped without a word.
-        grid = [] if self.quantization_bits else ["range_scope", "range_block"]
+        grid = [] if self.quantization_bits else ["range_scope", "range_block", "range_levels"]
         for name in (*grid, "snap"):
             if getattr(self, name) != getattr(Settings, name):
                 needed = "the objective 'range'" + " or quantization_bits" * (name != "snap")
@@ -203,6 +209,7 @@ class Choices(TypedDict, total=False):
     quantization_bits: int | Sequence[int]
     range_scope: Literal["channel", "tensor"]
     range_block: int | None
+    range_levels: Literal["auto", "symmetric", "full"]
     snap: bool
     row_weighting: Literal["relative", "none"]
     row_mask: str

@@ -42,6 +42,8 @@ def off_grid(model, grid, folder=MLP):
         ({"quantization_bits": 3}, Grid(3)),
         ({"quantization_bits": 4, "range_block": 16}, Grid(4, "block", 16, "full")),
         ({"quantization_bits": 4, "range_scope": "tensor"}, Grid(4, "tensor")),
+        ({"quantization_bits": 4, "range_levels": "full"}, Grid(4, "channel", None, "full")),
+        ({"quantization_bits": 3, "range_block": 16, "range_levels": "symmetric"}, Grid(3, "block", 16)),
     ],
 )
 def test_round_to_nearest_reproduces_the_file(choices, grid):

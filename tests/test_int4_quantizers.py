@@ -78,6 +78,15 @@ def test_model_optimizer_per_channel(case, kind, method):
     assert found.difference <= REPRODUCED
 
 
+@pytest.mark.parametrize("kind", ["MatMul", "Gemm"])
+def test_model_optimizer_in_the_blocks_that_it_takes_by_itself(case, kind):
+    path, data = case(kind)
+    for grid, same in (({"range_block": 128, "range_levels": "symmetric"}, True), ({"range_block": 128}, False)):
+        ((found,), _) = modelopt(shifted(path, data, **grid), data, "rtn_dq")
+        assert (found.scales, found.options) == ("block of 128 inputs", "--range-block 128 --range-levels symmetric")
+        assert (found.difference <= REPRODUCED) is same
+
+
 def test_model_optimizer_takes_other_axes_for_transposed_weights(case):
     """Round-to-nearest scales the stored weight's first axis, whatever transB says; with AWQ no runtime loads it."""
     path, data = case("Gemm, transB")
@@ -88,12 +97,12 @@ def test_model_optimizer_takes_other_axes_for_transposed_weights(case):
         modelopt(path, data, "awq_clip")
 
 
-@pytest.mark.parametrize(("group", "block"), [(32, 32), (-1, 256)])
+@pytest.mark.parametrize(("group", "grid"), [(32, {"range_block": 32}), (-1, {"range_levels": "full"})])
 @pytest.mark.parametrize("kind", BODIES)
-def test_nncf(case, kind, group, block):
+def test_nncf(case, kind, group, grid):
     library = pytest.importorskip("nncf", reason="nncf is not installed")
     path, data = case(kind)
-    for source, same in ((path, False), (shifted(path, data, range_block=block), True)):
+    for source, same in ((path, False), (shifted(path, data, **grid), True)):
         mode = library.CompressWeightsMode.INT4_SYM
         model = library.compress_weights(onnx.load(source), mode=mode, group_size=group, ratio=1.0, all_layers=True)
         onnx.save(model, path.with_name("quantized.onnx"))
@@ -102,5 +111,5 @@ def test_nncf(case, kind, group, block):
                 read_grids(str(source), str(path.with_name("quantized.onnx")))
             continue
         ((found,), _) = read_grids(str(source), str(path.with_name("quantized.onnx")))
-        assert found.options == ("--range-block 32" if group > 0 else f"--range-block {D} or more")
+        assert found.options == ("--range-block 32" if group > 0 else "--range-levels full")
         assert (found.difference <= REPRODUCED) is same

@@ -51,10 +51,11 @@ CASES = [
     (0, None, 7, ("output channel", "(the default)"), ("input channel", None)),
     (1, None, 7, ("input channel", None), ("output channel", "(the default)")),
     (None, None, 7, ("tensor", "--range-scope tensor"), ("tensor", "--range-scope tensor")),
-    (0, None, 8, ("output channel", "--range-block 96 or more"), ("input channel", None)),
+    (0, None, 8, ("output channel", "--range-levels full"), ("input channel", None)),
     (0, 8, 8, ("block of 8 inputs", "--range-block 8"), ("block of 8 outputs", None)),
     (1, 8, 8, ("block of 8 outputs", None), ("block of 8 inputs", "--range-block 8")),
-    (0, 8, 7, ("block of 8 inputs", None), ("block of 8 outputs", None)),
+    (0, 8, 7, ("block of 8 inputs", "--range-block 8 --range-levels symmetric"), ("block of 8 outputs", None)),
+    (None, None, 8, *[("tensor", "--range-scope tensor --range-levels full")] * 2),
     (0, 64, 8, ("block of 64 inputs", "--range-block 64"), ("input channel", None)),  # the last is shorter
     (0, None, 7.5, ("output channel", None), ("input channel", None)),
 ]

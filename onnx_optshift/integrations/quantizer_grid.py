@@ -89,10 +89,13 @@ def _compared(weight: Weight, original: Array, bits: int, levels: Array, scales:
     kind = "zero point" if shift.any() else f"largest at {reach:.4g}" if steady else "largest clipped"
     exact = round(reach, 2) if steady and not shift.any() else 0
     names, options = _scales(inputs, outputs, weight.d, weight.m), None
-    if exact == half - 1:
-        options = {"output channel": "(the default)", "tensor": "--range-scope tensor"}.get(names)
-    elif exact == half and (inputs < weight.d or names == "output channel") and outputs == 1:
-        options = f"--range-block {inputs}" if inputs < weight.d else f"--range-block {weight.d} or more"
+    written = {"output channel": "", "tensor": "--range-scope tensor"}.get(names)
+    if outputs == 1 and inputs < weight.d:
+        written = f"--range-block {inputs}"
+    if written is not None and exact in {half - 1, half}:
+        usual = (exact == half) == written.startswith("--range-block")
+        more = "" if usual else f" --range-levels {'full' if exact == half else 'symmetric'}"
+        options = f"{written}{more}".strip() or "(the default)"
     return Quantized(weight, bits, names, kind, difference, options)
 
 

@@ -9,6 +9,7 @@ from onnx_optshift.capture.statistics import StatisticsStore
 from onnx_optshift.run.feature_curvature import feature_curvature
 from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.prepare import Data, Prepared
+from onnx_optshift.settings import Settings
 from onnx_optshift.solve.objective import Norm, Objective, make_grids, make_objective
 
 # Rows that are enough to compare a few starts of one layer by, and samples that are taken for them.
@@ -18,7 +19,11 @@ JUDGING_ROWS, JUDGING_SAMPLES = 4096, (64, 256)
 def objective_of(prepared: Prepared) -> Objective:
     """What the settings ask to make small."""
     settings = prepared.settings
-    return make_objective(settings.objective, settings.quantization_bits, settings.range_scope, settings.range_block)
+    return make_objective(settings.objective, settings.quantization_bits, *_shape_of_grid(settings))
+
+
+def _shape_of_grid(settings: Settings) -> tuple[str, int | None, str]:
+    return settings.range_scope, settings.range_block, settings.range_levels
 
 
 def layers_maker(prepared: Prepared, data: Data, objective: Objective | None = None) -> Callable[..., Layers]:
@@ -26,7 +31,7 @@ def layers_maker(prepared: Prepared, data: Data, objective: Objective | None = N
     settings, bench = prepared.settings, prepared.bench
     objective = objective or Norm()
     slopes = feature_curvature(bench, data.fit, seed=settings.seed) if objective.needs_slopes else None
-    grids = make_grids(settings.quantization_bits, settings.range_scope, settings.range_block)
+    grids = make_grids(settings.quantization_bits, *_shape_of_grid(settings))
 
     def make(store: StatisticsStore, judge: StatisticsStore | None = None) -> Layers:
         return Layers(

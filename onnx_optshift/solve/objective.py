@@ -160,23 +160,23 @@ class Range:
         return []
 
 
-def _range(bits: Sequence[int], scope: str, block: int | None) -> Range:
-    grids = make_grids(bits or (DEFAULT_BITS,), scope, block)
-    if block is None:
-        return Range(Granularity(scope), grids)
+def _range(bits: Sequence[int], scope: str, block: int | None, levels: str) -> Range:
+    grids = make_grids(bits or (DEFAULT_BITS,), scope, block, levels)
     coarsest = min(grids, key=lambda grid: grid.bits)
-    return Range(Granularity("block", block, coarsest.reach), grids)
+    return Range(Granularity(coarsest.scope, block or Granularity.block, coarsest.reach), grids)
 
 
 # By the name that users give.
-OBJECTIVES: dict[str, Callable[[Sequence[int], str, int | None], Objective]] = {
+OBJECTIVES: dict[str, Callable[[Sequence[int], str, int | None, str], Objective]] = {
     "norm": lambda *_: Norm(),
     "range": _range,
     "curvature": lambda *_: Curvature(),
 }
 
 
-def make_objective(name: str, bits: Sequence[int] = (), scope: str = "channel", block: int | None = None) -> Objective:
+def make_objective(
+    name: str, bits: Sequence[int] = (), scope: str = "channel", block: int | None = None, levels: str = "auto"
+) -> Objective:
     """The objective of a name.
 
     Args:
@@ -184,13 +184,16 @@ def make_objective(name: str, bits: Sequence[int] = (), scope: str = "channel", 
         bits: Bit widths that the weights are going to be quantized to.
         scope: What shares a scale: "channel" or "tensor".
         block: Consecutive inputs of a channel that share a scale; None for `scope`.
+        levels: "symmetric", "full", or "auto".
     """
-    return OBJECTIVES[name](bits, scope, block)
+    return OBJECTIVES[name](bits, scope, block, levels)
 
 
-def make_grids(bits: Sequence[int], scope: str = "channel", block: int | None = None) -> tuple[Grid, ...]:
+def make_grids(
+    bits: Sequence[int], scope: str = "channel", block: int | None = None, levels: str = "auto"
+) -> tuple[Grid, ...]:
     """What weights are quantized to, for each bit width."""
-    if block is None:
-        return tuple(Grid(width, scope) for width in bits)
-    # The quantizers that scale by blocks, MatMulNBits before all, use every level: one end of the range rounds badly.
-    return tuple(Grid(width, "block", block, "full") for width in bits)
+    if levels == "auto":
+        # Most quantizers that scale by blocks, MatMulNBits before all, use every level.
+        levels = "symmetric" if block is None else "full"
+    return tuple(Grid(width, scope if block is None else "block", block, levels) for width in bits)
