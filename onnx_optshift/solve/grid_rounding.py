@@ -23,13 +23,13 @@ Cost: a Cholesky factorization of H, and about 2.5 d² m products a sweep. `grid
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from onnx_optshift.quantize.rtn import Grid
-from onnx_optshift.solve.granularity import Granularity
+from onnx_optshift.solve.grid_point import GridPoint, granularity_of, nearest_point, with_pins
 from onnx_optshift.solve.problem import Problem
 from onnx_optshift.solve.quant_range import narrowest
 from onnx_optshift.solve.shift import obstacle
@@ -78,9 +78,10 @@ def on_grid(problem: Problem, grid: Grid, start: Start) -> Tensor:
     """
     matrix, rounding = problem.matrix, Rounding(problem.spectrum, grid)
     scale, ridge = (torch.full_like(matrix[:1, :1], share) for share in (start.scale, start.ridge))
-    rounded, plain = rounding.run(matrix, narrowed(problem, grid, start.residual), scale, ridge), _nearest(matrix, grid)
-    errors, before = (by_column(found - matrix, rounding.gram) for found in (rounded, plain.values()))
-    return torch.where(_less(errors, before, grid), rounded, plain.values())
+    rounded = rounding.run(matrix, narrowed(problem, grid, start.residual), scale, ridge)
+    plain = nearest_point(matrix, grid).values()
+    errors, before = (by_column(found - matrix, rounding.gram) for found in (rounded, plain))
+    return torch.where(_less(errors, before, grid), rounded, plain)
 
 
 def narrowed(problem: Problem, grid: Grid, residual: float) -> Tensor:
@@ -88,11 +89,7 @@ def narrowed(problem: Problem, grid: Grid, residual: float) -> Tensor:
     coordinates = Coordinates.of(problem.spectrum, problem.matrix, problem.rounding_unit)
     if residual <= problem.rounding_unit or obstacle(coordinates) is not None:
         return problem.matrix
-    return narrowest(coordinates, residual, _granularity(grid), gap=START_GAP).matrix
-
-
-def _granularity(grid: Grid) -> Granularity:
-    return Granularity(grid.scope, grid.block or 1, grid.reach)
+    return narrowest(coordinates, residual, granularity_of(grid), gap=START_GAP).matrix
 
 
 class Rounding:
@@ -123,11 +120,11 @@ class Rounding:
         return torch.cat([self._columns(*part, sweeps=sweeps) for part in zip(*sides, strict=True)], -1)
 
     def _columns(self, matrix: Tensor, narrow: Tensor, share: Tensor, ridge: Tensor, *, sweeps: int) -> Tensor:
-        state = _pinned(narrow, self._grid, share)
+        state = with_pins(narrow, self._grid, share)
         _round_in_order(state, narrow, self._order, self._upper)
         target = matrix.to(torch.float32)
         # Descent ends where it starts well: from round-to-nearest where that is closer.
-        plain = _nearest(matrix, self._grid)
+        plain = nearest_point(matrix, self._grid)
         errors, before = (
             by_column(found.values().to(torch.float32) - target, self._single) for found in (state, plain)
         )
@@ -174,68 +171,7 @@ def _feedback(gram: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
 
 
-@dataclass
-class _State:
-    """A point of the grid: `levels * scales`.
-
-    Attributes:
-        levels: Whole numbers `[g, d, m]`.
-        scales: Of every entry `[g, d, m]`, float64; equal within a cell.
-        pinned: Entries whose level stays.
-        low: Lowest level.
-        high: Highest level.
-    """
-
-    levels: Tensor
-    scales: Tensor
-    pinned: Tensor
-    low: int
-    high: int
-
-    def values(self) -> Tensor:
-        """The weights, float64."""
-        return self.levels.to(torch.float64) * self.scales
-
-    def where(self, chosen: Tensor, other: _State) -> _State:
-        """This one where `chosen` `[g, 1, m]`, the other elsewhere."""
-        return _State(
-            torch.where(chosen, self.levels, other.levels),
-            torch.where(chosen, self.scales, other.scales),
-            torch.where(chosen, self.pinned, other.pinned),
-            self.low,
-            self.high,
-        )
-
-
-def _pinned(narrow: Tensor, grid: Grid, share: Tensor) -> _State:
-    """Scales and pinned levels; all other levels are 0 yet."""
-    half = 2 ** (grid.bits - 1)
-    granularity = _granularity(grid)
-    cells = granularity.cells(narrow)
-    place = cells.abs().argmax(2, keepdim=True)
-    largest = cells.gather(2, place)
-    # The one level that only a full grid has takes the largest weight, whatever its sign, as the quantizers do.
-    outermost = torch.full_like(largest, -half) if grid.levels == "full" else largest.sign() * (half - 1)
-    outermost = torch.where(largest == 0, 0.0, outermost)
-    scale = torch.where(largest == 0, 1.0, share[..., None, :] * largest / torch.where(largest == 0, 1.0, outermost))
-
-    def matrix(values: Tensor) -> Tensor:
-        return granularity.matrix(values, narrow.shape).clone()
-
-    levels = torch.zeros_like(cells).scatter_(2, place, outermost)
-    pinned = torch.zeros_like(cells, dtype=torch.bool).scatter_(2, place, value=True)
-    low = -half if grid.levels == "full" else 1 - half
-    return _State(matrix(levels).to(torch.float32), matrix(scale.expand_as(cells)), matrix(pinned), low, half - 1)
-
-
-def _nearest(matrix: Tensor, grid: Grid) -> _State:
-    """Round-to-nearest of V itself."""
-    state = _pinned(matrix, grid, torch.ones_like(matrix[:1, :1, :1]))
-    levels = (matrix / state.scales).round().clamp(state.low, state.high)
-    return replace(state, levels=levels.to(torch.float32))
-
-
-def _round_in_order(state: _State, narrow: Tensor, order: Tensor, upper: Tensor) -> None:
+def _round_in_order(state: GridPoint, narrow: Tensor, order: Tensor, upper: Tensor) -> None:
     """Error feedback: fills in the levels."""
     index = order[..., None].expand_as(narrow)
     rest = narrow.to(torch.float32).gather(1, index)
@@ -259,7 +195,7 @@ def _round_in_order(state: _State, narrow: Tensor, order: Tensor, upper: Tensor)
     state.levels.scatter_(1, index, levels)
 
 
-def _refit(state: _State, slope: Tensor, metric: _Metric, grid: Grid) -> None:
+def _refit(state: GridPoint, slope: Tensor, metric: _Metric, grid: Grid) -> None:
     """The best scale of each cell for its levels, one block of inputs after the other; keeps the slope up to date."""
     values = state.values().to(torch.float32)
     width = values.shape[1]
@@ -279,7 +215,7 @@ def _refit(state: _State, slope: Tensor, metric: _Metric, grid: Grid) -> None:
         state.scales[:, rows] *= factor.to(torch.float64)
 
 
-def _descend(state: _State, slope: Tensor, metric: _Metric) -> None:
+def _descend(state: GridPoint, slope: Tensor, metric: _Metric) -> None:
     """One sweep of coordinate descent on `‖A(Q - V)‖²` over the grid; uses the slope up."""
     gram, scales = metric.gram, state.scales.to(torch.float32)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)[..., None] + metric.ridge
