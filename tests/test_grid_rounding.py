@@ -10,7 +10,7 @@ import torch
 from cases import FLOAT32
 
 from onnx_optshift.quantize.rtn import Grid, round_to_nearest
-from onnx_optshift.solve import grid_choice, grid_rounding
+from onnx_optshift.solve import grid_choice, grid_point, grid_rounding
 from onnx_optshift.solve.grid_choice import choose
 from onnx_optshift.solve.grid_rounding import Start, on_grid
 from onnx_optshift.solve.problem import Problem
@@ -63,7 +63,7 @@ def test_a_narrow_weight_is_not_reproduced():
     rows, matrix = drawn(0)
     problem = problem_of(rows, matrix)
     narrow = narrowest(
-        Coordinates.of(problem.spectrum, problem.matrix, FLOAT32), 0.05, grid_rounding._granularity(Grid(4))
+        Coordinates.of(problem.spectrum, problem.matrix, FLOAT32), 0.05, grid_point.granularity_of(Grid(4))
     )
     again = round_to_nearest(narrow.matrix.to(torch.float32), Grid(4))
     assert float((again - narrow.matrix).abs().max()) > 0.01 * float(narrow.matrix.abs().max())
