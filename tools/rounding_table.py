@@ -24,13 +24,14 @@ CASES = (
     ("digits_transformer", 32),
 )
 BITS = (4, 3, 2)
+SEEDS = (0, 1, 2)
 
 
 def lines(name: str, block: int | None, bits: Sequence[int] = BITS) -> list[str]:
     """The rows of one model."""
     folder = ROOT / "models" / name
     calib, heldout = ([str(folder / f"{part}.npz")] for part in ("calibration", "heldout"))
-    rows = list(measure(folder / "model.onnx", calib, heldout, bits, block=block))
+    rows = list(measure(folder / "model.onnx", calib, heldout, bits, block=block, seeds=SEEDS))
     where = f"blocks of {block}" if block else "channel"
     return [_line(name, where, width, [row for row in rows if row.bits == width], rows[0]) for width in bits]
 
