@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from onnx_optshift.settings import OBJECTIVES, RANGE_LEVELS, RANGE_SCOPES, ROW_WEIGHTINGS
+from onnx_optshift.settings import OBJECTIVES, RANGE_LEVELS, RANGE_SCOPES, RECAPTURES, ROW_WEIGHTINGS
 
 PROGRAM = "onnx-optshift"
 SHIFT, INSPECT, VERIFY, DIAGNOSE = "shift", "inspect", "verify", "diagnose"
@@ -132,6 +132,8 @@ def _choices(add: _Add) -> None:
     add(_SOLVED, "--range-levels", text, metavar="|".join(RANGE_LEVELS))
     text = "with --objective range and one bit width: narrow floats instead of weights on the quantizer's grid"
     add(_SOLVED, "--no-snap", text, dest="snap", action="store_false")
+    text = "whether each layer also makes up for those before it, for two more runs of the data each (default: auto)"
+    add(_SOLVED, "--recapture", text, metavar="|".join(RECAPTURES))
     text = "how rows count: each relative to its own output (relative, the default), or all alike (none)"
     add(_ALL, "--row-weighting", text, metavar="|".join(ROW_WEIGHTINGS))
     text = "input whose zeros mark rows to leave out, or none for no rows (default: found by trying)"

@@ -15,6 +15,7 @@ OBJECTIVES = ("norm", "range", "curvature")
 ROW_WEIGHTINGS = ("relative", "none")
 RANGE_SCOPES = ("channel", "tensor")
 RANGE_LEVELS = ("auto", "symmetric", "full")
+RECAPTURES = ("auto", "always", "none")
 MOST_BITS = 8
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 # The smallest whole number that a field takes, where that is not 1.
@@ -72,6 +73,10 @@ class Settings:
         snap: Whether weights are put on the grid of the quantizer, so that round-to-nearest reproduces them, where the
             objective is `"range"`, one bit width is given and the tolerance leaves room; True, the default. Otherwise
             they are only made narrow for it.
+        recapture: Whether layers are also solved one after the other, each for the inputs that it gets once those
+            before it have moved, so that it makes up for them, where a tolerance leaves room; held-out data chooses.
+            `"always"`, `"none"`, or `"auto"`, the default: where the model has few layers and the data is small, as
+            it costs two runs of the data for each distinct input.
         row_weighting: `"relative"`, the default, counts every row's error relative to the row's own output, so that
             few rows of large outputs do not own the tolerance; `"none"` counts all rows alike. Exact shifts are the
             same either way.
@@ -112,6 +117,7 @@ class Settings:
     range_block: int | None = None
     range_levels: str = "auto"
     snap: bool = True
+    recapture: str = "auto"
     row_weighting: str = "relative"
     row_mask: str = "auto"
     flatness: int | None = None
@@ -141,6 +147,11 @@ class Settings:
         _check_known("objective", self.objective, OBJECTIVES)
         _check_known("row_weighting", self.row_weighting, ROW_WEIGHTINGS)
         _check_known("range_scope", self.range_scope, RANGE_SCOPES, "; for blocks give range_block")
+        _check_known("recapture", self.recapture, RECAPTURES)
+        if self.recapture == "always" and self.tolerance == 0:
+            raise InputError(
+                "recapture 'always' has nothing to make up for where layers keep their outputs. Give a tolerance too."
+            )
         _check_known("range_levels", self.range_levels, RANGE_LEVELS)
         if self.range_scope == "tensor" and self.range_block is not None:
             raise InputError(
@@ -211,6 +222,7 @@ class Choices(TypedDict, total=False):
     range_block: int | None
     range_levels: Literal["auto", "symmetric", "full"]
     snap: bool
+    recapture: Literal["auto", "always", "none"]
     row_weighting: Literal["relative", "none"]
     row_mask: str
     flatness: int | None

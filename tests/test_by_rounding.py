@@ -1,17 +1,26 @@
 """Weights for a quantizer, by the whole pass: on its grid, narrow for it, or as they were."""
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
+import torch
 from onnx import numpy_helper
 
 import onnx_optshift
+from onnx_optshift.decide import by_rounding, recapture
+from onnx_optshift.geometry import MatrixRows, Tap
 from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.quantize.rtn import Grid, round_initializer
+from onnx_optshift.run.on_grid import placed
+from onnx_optshift.solve.grid_rounding import LEAST_RIDGE
+from onnx_optshift.stats.moments import InputMoments
 
 ROOT = Path(__file__).parents[1]
 MLP = ROOT / "models" / "digits_mlp"
@@ -125,3 +134,65 @@ def test_matmulnbits_of_onnxruntime_reproduces_the_file(tmp_path):
             source = before[name] if name in before else before[next(n for n in before if node.input[1].startswith(n))]
             worst = max(worst, float(np.abs(weight - source).max() / np.abs(source).max()))
         assert worst < most if most else worst > 0.01
+
+
+def output_error(model, folder):
+    """Relative error of the first output on data that no run has seen."""
+    feeds = {name: array for name, array in np.load(folder / "heldout.npz").items() if name != "labels"}
+    reference, found = (
+        onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
+        for m in (onnx.load(folder / "model.onnx"), model)
+    )
+    return np.linalg.norm(found - reference) / np.linalg.norm(reference)
+
+
+@pytest.mark.parametrize(("name", "most"), [("digits_transformer", 0.6), ("digits_mlp", 0.9), ("noisy_mlp", 0.8)])
+def test_layers_that_make_up_for_those_before_are_closer_where_nothing_was_seen(name, most):
+    folder = ROOT / "models" / name
+    errors, reports = {}, {}
+    for how in ("none", "auto"):
+        settings = {"objective": "range", "tolerance": "auto", "quantization_bits": 3, "recapture": how}
+        result = onnx_optshift.shift(folder / "model.onnx", folder / "calibration.npz", **settings)
+        assert off_grid(result.model, Grid(3), folder) < 1e-6
+        errors[how], reports[how] = output_error(result.model, folder), result.report
+    assert errors["auto"] < most * errors["none"]
+    (chosen,) = [trial.what for trial in reports["auto"].heldout_result.tried if trial.chosen]
+    assert chosen == by_rounding.IN_ORDER
+    # Negative control: the other run did not try it.
+    assert by_rounding.IN_ORDER not in {trial.what for trial in reports["none"].heldout_result.tried}
+
+
+def test_held_out_data_chooses_between_the_two(monkeypatch):
+    def harmful(bench, layers, samples, starts):
+        candidate = placed(layers, starts, snap=True)
+        name = next(iter(candidate.arrays))
+        worse = replace(candidate.solved[name], array=-candidate.arrays[name])
+        return replace(candidate, solved={**candidate.solved, name: worse})
+
+    expected = shifted(recapture="none").model
+    monkeypatch.setattr(by_rounding, "rounded_in_order", harmful)
+    result = shifted()
+    tried = {trial.what: trial for trial in result.report.heldout_result.tried}
+    assert not tried[by_rounding.IN_ORDER].chosen
+    assert tried[by_rounding.SNAPPED].chosen
+    assert result.model.SerializeToString() == expected.SerializeToString()
+
+
+def test_what_a_layer_is_rounded_towards_is_the_ridge_regression_of_the_original_outputs():
+    rng = np.random.default_rng(0)
+    original = rng.standard_normal((200, 12))
+    moved = original @ (np.eye(12) + 0.1 * rng.standard_normal((12, 12)))
+    matrix = rng.standard_normal((12, 5))
+    tap = Tap("x", MatrixRows(), 1, 12)
+    moments = InputMoments(1, 12)
+    moments.update(torch.from_numpy(moved)[None])
+    pair = (moments, torch.from_numpy(moved.T @ original)[None])
+    weight = SimpleNamespace(uses=(SimpleNamespace(tap=tap),), d=12, dtype="float32")
+    problem = recapture._corrected(weight, torch.from_numpy(matrix)[None], {tap: pair})
+    # The same as least squares with rows sqrt(ridge) I and targets sqrt(ridge) V below the others.
+    root = np.sqrt(LEAST_RIDGE * np.square(moved).sum() / 12)
+    rows, target = np.vstack([moved, root * np.eye(12)]), np.vstack([original @ matrix, root * matrix])
+    expected, *_ = np.linalg.lstsq(rows, target, rcond=None)
+    np.testing.assert_allclose(problem.matrix[0].numpy(), expected, rtol=1e-9, atol=1e-9)
+    # Negative control: that is another weight, and closer to the original's outputs.
+    assert np.linalg.norm(moved @ expected - original @ matrix) < 0.5 * np.linalg.norm((moved - original) @ matrix)

@@ -168,7 +168,8 @@ def test_a_layer_solved_for_recaptured_inputs_is_the_least_squares_ball_of_a_slo
 
 def test_cross_moments_of_captures_equal_the_stacked_rows(prepared):
     bench = prepared.bench
-    moved, cross = recapture._capture_moved(bench, bench.weights[0], prepared.data.calibration, {})
+    (tap,) = bench.taps[:1]
+    moved, cross = recapture.capture_moved(bench, [tap], prepared.data.calibration, {})[tap]
     x = torch.from_numpy(CALIBRATION["pixels"].astype(np.float64))
     torch.testing.assert_close(cross[0], x.T @ x)
     torch.testing.assert_close(moved.gram()[0], x.T @ x)

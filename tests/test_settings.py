@@ -80,6 +80,8 @@ def test_accepted(given, field, kept):
         ({"snap": False, "quantization_bits": 4}, r"no-snap\) only has a meaning with the objective 'range'\. Give"),
         ({"objective": "range", "range_scope": "tensor", "range_block": 32}, "contradict each other: a scale"),
         ({"max_drift": 0.3, "tolerance": 0.1}, "are two questions"),
+        ({"recapture": "always"}, "recapture 'always' has nothing to make up for"),
+        ({"recapture": "allways", "tolerance": 0.1}, "recapture"),
         ({"input_shapes": 3}, "input_shapes: expected names, found 3"),
         ({"device": "cuda:"}, "found 'cuda:'"),
         ({"device": "cuda:-1"}, "found 'cuda:-1'"),

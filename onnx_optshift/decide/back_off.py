@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from onnx_optshift.decide.decision import Decision, Grounds, as_given, decided
@@ -16,7 +17,8 @@ AIM, LEAST_SHRINK = 0.9, 0.9
 def shrunk(grounds: Grounds, decision: Decision, proof: Verification) -> Decision:
     """The same layers at a smaller residual, in proportion to how far the outputs left the tolerance."""
     worst = max(output.rel for output in proof.outputs)
-    factor = min(AIM * decision.promise.tolerance / worst, LEAST_SHRINK) if worst > 0 else LEAST_SHRINK
+    share = decision.promise.tolerance / worst if worst > 0 else 1.0
+    factor = LEAST_SHRINK if math.isnan(share) else min(AIM * share, LEAST_SHRINK)  # where no bound was set, inf / inf
     return decided(
         grounds,
         decision.way or as_given(decision.candidate),

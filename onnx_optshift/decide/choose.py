@@ -14,7 +14,7 @@ from onnx_optshift.decide.by_rounding import by_rounding
 from onnx_optshift.decide.decision import Decision, Grounds, Way, decided, unbounded
 from onnx_optshift.decide.draws import balanced_batch, batch_sizes, classes_of
 from onnx_optshift.decide.gate import NO_INCREASE, paired
-from onnx_optshift.decide.recapture import affordable, layer_by_layer
+from onnx_optshift.decide.recapture import layer_by_layer, worth_it
 from onnx_optshift.decide.share import share_out
 from onnx_optshift.errors import InputError
 from onnx_optshift.prove.floor import Promise
@@ -112,7 +112,7 @@ def within(grounds: Grounds, tolerance: float) -> Decision:
 def _ways(grounds: Grounds) -> list[Way]:
     """All layers in parallel; and, where it costs little, layer by layer against re-captured inputs."""
     full, fit = grounds.full, grounds.fit
-    if full.objective.grids or full.objective.needs_slopes or not affordable(full):
+    if full.objective.grids or full.objective.needs_slopes or not worth_it(full, grounds.recapture):
         return [grounds.parallel]
 
     def again(layers: Layers, data: Samples) -> Callable[[float], Candidate]:

@@ -49,6 +49,7 @@ class Grounds:
     samples: Samples  # all calibration samples
     tried_on: Samples  # those that settings are tried on
     seed: int  # of random choices
+    recapture: str = "auto"  # whether layers are also solved one after the other: auto, always or none
 
     @property
     def parallel(self) -> Way:

@@ -22,7 +22,7 @@ def grounds_of(prepared: Prepared, data: Data, full: Layers, fit: Layers) -> Gro
         granted = settings.tolerance if isinstance(settings.tolerance, float) else 0.0
         grids = full.objective.grids
         gate = Gate(bench.outputs, data.heldout, granted, rounded_by(bench, grids) if grids else None)
-    return Grounds(bench, full, fit, gate, data.calibration, data.fit, settings.seed)
+    return Grounds(bench, full, fit, gate, data.calibration, data.fit, settings.seed, settings.recapture)
 
 
 def drawn_layers(prepared: Prepared, grounds: Grounds, batch: Samples) -> Layers:

@@ -138,19 +138,22 @@ class Layers:
         assert solved is not None
         return solved
 
-    def snap(self, weight: Weight, start: Start) -> Solved:
-        """One weight on the grid that the objective has."""
+    def snap(self, weight: Weight, start: Start, instead: Problem | None = None) -> Solved:
+        """One weight on the grid that the objective has; for another problem than its own where one is given."""
         blocked = self.blocked(weight)
         if blocked is not None:
             return _unmoved(Shift.unchanged(self.matrix(weight), blocked))
-        problem = self.problem(weight)
+        original = self.problem(weight)
+        problem = instead or original
         coordinates = Coordinates.of(problem.spectrum, problem.matrix, problem.rounding_unit)
         stuck = obstacle(coordinates)
         if stuck is not None:
-            return _unmoved(Shift.unchanged(problem.matrix, stuck, rank=coordinates.rank))
+            return _unmoved(Shift.unchanged(original.matrix, stuck, rank=coordinates.rank))
         shift = Shift.moved_to(coordinates, on_grid(problem, self.objective.grids[0], start), outcome=Outcome.SNAPPED)
+        before = Shift.unchanged(original.matrix, Outcome.SNAPPED)
+        shift = replace(shift, norm_before=before.norm_before, range_before=before.range_before)
         array = finished(shift.matrix, weight.form, self._content(weight.name).dtype)
-        return replace(self.measured(weight, problem, shift, array), allowed=start.residual)
+        return replace(self.measured(weight, original, shift, array), allowed=start.residual)
 
     def growing(self, weight: Weight) -> bool | None:
         """Whether the rank of a layer is low only because samples are few; None where the layer was not looked at.

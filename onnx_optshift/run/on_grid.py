@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from onnx_optshift.run.candidate import Candidate
+from onnx_optshift.run.candidate import Candidate, Solved
 from onnx_optshift.run.layers import Layers
 from onnx_optshift.solve.grid_choice import choose, choose_residual
 from onnx_optshift.solve.grid_rounding import Start
@@ -36,7 +36,7 @@ def best_starts(layers: Layers, most: float, *, snap: bool) -> dict[str, Start]:
 
 def placed(layers: Layers, starts: Starts, *, snap: bool) -> Candidate:
     """Every layer from its start: on the grid, or narrow; a layer without a start keeps its weight."""
-    solved = {}
+    solved: dict[str, Solved] = {}
     for weight in layers.each("solve"):
         start = starts.get(weight.name)
         if start is not None and snap:
@@ -48,5 +48,10 @@ def placed(layers: Layers, starts: Starts, *, snap: bool) -> Candidate:
                 # Larger residuals were tried, and rounded worse.
                 one = replace(one, shift=replace(one.shift, outcome=Outcome.ROUNDS_WORSE))
             solved[weight.name] = one
+    return gathered(layers, starts, solved)
+
+
+def gathered(layers: Layers, starts: Starts, solved: Mapping[str, Solved]) -> Candidate:
+    """Solutions of all layers as one candidate, in graph order; its tolerance is the largest residual of a start."""
     most = max((start.residual for start in starts.values()), default=0.0)
     return Candidate({name: solved[name] for name in layers.weights}, most, layers.facts)
