@@ -196,3 +196,23 @@ def _odds(content, held):
     (logits,) = session.run(None, {"x": held["x"]})
     odds = np.exp(logits.astype(np.float64))
     return (odds / odds.sum(axis=1, keepdims=True))[np.arange(len(odds)), held["labels"]]
+
+
+def test_small_tolerances_have_all_of_float64():
+    # Singular values of 1 to 1e-7: with products in float32 nothing within 1e-5 could be told from noise.
+    random = np.random.default_rng(0)
+    turn = np.linalg.qr(random.standard_normal((48, 48)))[0]
+    inputs = ((random.standard_normal((300, 48)) * np.logspace(0, -7, 48)) @ turn).astype(np.float32)
+    body = "g (float[b,48] x) => (float[b,10] y) { z = MatMul(x, w) a = Relu(z) y = MatMul(a, v) }"
+    model = tiny.model(body, {"w": tiny.weight(48, 64), "v": tiny.weight(64, 10)})
+    report = shift(model, inputs, objective="range", quantization_bits=8, tolerance=1e-5).report
+    assert any(layer.status == "shifted" for layer in report.layers)
+    (output,) = report.verification.outputs
+    assert 0 < output.rel <= 1e-5
+
+
+def test_heldout_data_may_be_an_array():
+    model = tiny.model("g (float[b,6] x) => (float[b,4] y) { y = MatMul(x, w) }", {"w": tiny.weight(6, 4)})
+    fit, held = (np.random.default_rng(n).standard_normal((n, 6)).astype(np.float32) for n in (100, 40))
+    report = shift(model, fit, heldout=held, objective="range", quantization_bits=4, tolerance="auto").report
+    assert report.heldout.samples == 40

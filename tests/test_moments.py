@@ -50,7 +50,7 @@ def test_float32_products_resolve_what_they_say():
     exact, single = InputMoments(2, 9), InputMoments(2, 9, products=torch.float32)
     for part in np.array_split(rows, 11, axis=1):
         exact.update(torch.from_numpy(part))
-        single.update(torch.from_numpy(part))
+        single.update(torch.from_numpy(part).to(torch.float32))
     single = single.merge(InputMoments(2, 9))
     off = float((single.gram() - exact.gram()).norm() / exact.gram().norm())
     assert off < 1e-6  # so that singular values of 1e-3 of the largest are resolved

@@ -77,7 +77,8 @@ def test_observed_patches_have_the_gram_matrix_of_the_loops(name, chunk, monkeyp
 
 
 @pytest.mark.parametrize("name", ["1-D", "2-D", "2-D groups", "3-D"])
-def test_thinned_rows_are_some_of_each_sample_and_stand_for_all(name):
+def test_thinned_rows_are_some_of_each_sample_and_stand_for_all(name, monkeypatch):
+    monkeypatch.setattr(rows_module, "LEAST_OF_IMAGE", 1)
     spatial, form = PATCHES[name]
     images = torch.from_numpy(np.random.default_rng(0).standard_normal((40, CHANNELS, *spatial)))
     width = CHANNELS // form.group * math.prod(form.kernel)
@@ -98,6 +99,33 @@ def test_thinned_rows_are_some_of_each_sample_and_stand_for_all(name):
         observe(turns, tap, images, every=5, phase=phase)
     assert turns.rows == whole.rows
     torch.testing.assert_close(turns.gram(), whole.gram())
+
+
+def test_small_images_among_large_ones_are_not_thinned():
+    form = PatchRows((3, 3), (1, 1), (1, 1), (1, 1, 1, 1))
+    tap = Tap("x", form, 1, CHANNELS * 9)
+
+    def thinned(size):
+        moments = InputMoments(1, tap.width)
+        observe(moments, tap, torch.ones(1, CHANNELS, size, size), every=100)
+        return moments.rows
+
+    assert thinned(8) == 64
+    assert 50 < thinned(20) < 200
+    assert 50 < thinned(96) < 200  # negative control: of 9,216 patches
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-15, 1, 1e15, 1e25])
+def test_float32_products_of_rows_of_any_size(scale):
+    rows = torch.from_numpy(np.random.default_rng(0).standard_normal((600, 5))).to(torch.float32) * scale
+    tap = Tap("x", MatrixRows(), 1, 5)
+    moments = InputMoments(1, 5, products=torch.float32)
+    observe(moments, tap, rows)
+    exact = (rows.double().mT @ rows.double())[None]
+    assert float((moments.gram() - exact).norm() / exact.norm()) < 1e-6
+    plain = (rows.mT @ rows).double()
+    # Negative control: sizes at which float32 itself holds no such products.
+    assert bool((plain - exact[0]).norm() / exact.norm() < 1e-6) == (1e-20 < scale < 1e20)
 
 
 def test_both_ways_through_patches_are_exercised():

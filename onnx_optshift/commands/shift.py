@@ -25,7 +25,7 @@ from onnx_optshift.report.build import Clock, Findings, build_report
 from onnx_optshift.report.model import Report
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.capture import captured, objective_of
-from onnx_optshift.run.prepare import NO_HELDOUT, Prepared, prepare
+from onnx_optshift.run.prepare import Prepared, judges_nothing, prepare
 from onnx_optshift.settings import Settings
 from onnx_optshift.write.atomic import Written, check_target, system_errors
 from onnx_optshift.write.patch import write_beside
@@ -84,7 +84,7 @@ def run(
         prepared = prepare(model, settings, calibration, heldout, make_up=True, progress=progress)
     reads = [*prepared.reads, *prepared.model.data_files, settings.custom_op_library]
     check_places(output, reports, reads, force=settings.force)
-    off = (GATE_OFF,) if heldout and list(heldout) == [NO_HELDOUT] and prepared.data is not None else ()
+    off = (GATE_OFF,) if judges_nothing(heldout) and prepared.data is not None else ()
     with ExitStack() as stack:
         target = output or _hidden(stack, prepared)
         found = Findings("shift", prepared)

@@ -32,8 +32,11 @@ from onnx_optshift.settings import Settings
 if TYPE_CHECKING:
     import onnx
 
-# Patches for each input of a convolution whose weights are going to be rounded, and of each image: more change nothing.
-ENOUGH_ROWS, ENOUGH_OF_IMAGE = 64, 64
+# Patches for each input of a convolution whose weights are going to be rounded: more change nothing.
+ENOUGH_ROWS = 64
+# Products in float32 tell singular values of rows apart down to this share of the largest: a tolerance below it needs
+# all of float64, and all patches.
+LEAST_FOR_SINGLE = 1e-3
 # Fewer samples than this cannot be split into one part that fits and one that judges.
 FEWEST_TO_SPLIT = 10
 # The word for `--heldout` that switches the gate off: exact on the calibration data is then all that is promised.
@@ -132,12 +135,13 @@ def prepare(
     plan = make_plan(costs, bench.weights, settings.batch_size, Budget.of(settings.max_memory, device.solve))
     size, kept, waves = plan.batch_size, plan.kept, plan.waves
     bench = replace(bench, batch_size=size, kept_bytes=kept, waves=waves, rows=costs.rows)
-    if settings.objective == "range" and settings.quantization_bits and settings.tolerance != 0:
+    coarse = settings.tolerance == "auto" or settings.tolerance >= LEAST_FOR_SINGLE
+    if settings.objective == "range" and settings.quantization_bits and coarse:
         # What rounding to a few bits does to outputs is far above what float32 products leave unresolved, and what
         # more patches would tell: convolutions of large images have thousands for each input. Tokens are all taken:
         # what stands at a position is no accident.
         every = {
-            tap: max(1, min(len(samples) * count // (ENOUGH_ROWS * tap.width), count // ENOUGH_OF_IMAGE))
+            tap: max(1, len(samples) * count // (ENOUGH_ROWS * tap.width))
             for tap, count in costs.rows.items()
             if isinstance(tap.form, PatchRows)
         }
@@ -158,7 +162,7 @@ def find_calibration(
     """Calibration data; None where there are no sources. Labels that the user named must be in what judges or draws."""
     if not sources:
         return None
-    others_judge = bool(heldout) and list(heldout or ()) != [NO_HELDOUT]
+    others_judge = bool(heldout) and not judges_nothing(heldout)
     required = _labels_named(settings) and not others_judge
     samples = load(sources, input_specs(model, settings), labels_name=settings.labels, labels_required=required)
     return samples if settings.max_samples is None else samples.select(range(min(settings.max_samples, len(samples))))
@@ -171,7 +175,7 @@ def arrange(model: ModelFile, calibration: Samples, heldout: Sequence[object] | 
         InputError: The held-out data cannot be used.
     """
     data = Data(calibration, calibration, warnings=(NO_DATA_WARNING,) if calibration.synthetic else ())
-    if heldout and list(heldout) == [NO_HELDOUT]:
+    if judges_nothing(heldout):
         return data
     if heldout:
         if settings.heldout_fraction != Settings.heldout_fraction:
@@ -197,6 +201,12 @@ def arrange(model: ModelFile, calibration: Samples, heldout: Sequence[object] | 
         )
     fit, held = split(calibration, settings.heldout_fraction, settings.seed)
     return replace(data, fit=calibration.select(fit), heldout=calibration.select(held), split=True)
+
+
+def judges_nothing(heldout: Sequence[object] | None) -> bool:
+    """Whether sources of held-out data are the word that switches the gate off."""
+    # An array equals a word entry by entry.
+    return heldout is not None and len(heldout) == 1 and isinstance(heldout[0], str) and heldout[0] == NO_HELDOUT
 
 
 def input_specs(model: ModelFile, settings: Settings) -> list[InputSpec]:

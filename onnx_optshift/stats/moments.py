@@ -30,7 +30,7 @@ class InputMoments:
         groups: g, the number of independent problems; every update brings the same number of rows to each.
         width: d, the length of a row.
         device: The torch device where the moments live; updates are moved there.
-        products: dtype in which the products of rows are taken; sums of them are float64.
+        products: dtype in which products of rows that do not come in float64 are taken; sums of them are float64.
         rows: n, rows seen per group.
         nonfinite: Elements of activations that were not finite. Such activations are not part of the moments.
         total: Column sums `[g, d]`, float64, not divided by n.
@@ -87,7 +87,8 @@ class InputMoments:
             return
         fits = self._upper is None and self.rows + count <= self.width
         # Rows that are stored must not alias a buffer that the caller may fill again.
-        rows = rows.to(self.device, torch.float64 if fits else self.products, copy=fits)
+        wide = fits or rows.dtype == torch.float64
+        rows = rows.to(self.device, torch.float64 if wide else self.products, copy=fits)
         self.total += rows.sum(dim=1, dtype=torch.float64)
         self.rows += count
         if fits:

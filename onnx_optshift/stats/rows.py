@@ -20,6 +20,10 @@ from onnx_optshift.stats.patches import check_images, lag_axis, outputs, patch_g
 
 # Rows in float64 exist in pieces of about this size: enough for full speed, little beside the activations.
 CHUNK_BYTES = 64 * 2**20
+# Patches that each image keeps, more or less, however small it is.
+LEAST_OF_IMAGE = 64
+# Largest entries of activations between these have products, and sums of many of them, that float32 holds.
+SINGLE = 1e-12, 1e12
 
 Weigh = Callable[[Tensor], Tensor]
 
@@ -80,7 +84,7 @@ def observe(
 
     An activation (any floating dtype and device) that contains NaN or infinity is not added: its elements that are not
     finite are counted. `weigh` gives the weights w `[n]` of rows `[g, n, d]`, which enter as √w times what they are. Of
-    each image's patches one of `every` is taken, by turns: `phase` counts the turns.
+    each image's patches one of `every` is taken, though about `LEAST_OF_IMAGE` at least, by turns: `phase` counts them.
 
     Raises:
         InputError: The activation does not have the tap's shape.
@@ -94,9 +98,12 @@ def observe(
         _view(activation, tap)  # brings no rows; a wrong shape is an error all the same
         return
     # NaN is the least and the greatest of anything it is in: one pass, and no mask of the activation's size.
-    if not all(bool(torch.isfinite(bound)) for bound in torch.aminmax(activation)):
+    low, high = map(float, torch.aminmax(activation))
+    if not (math.isfinite(low) and math.isfinite(high)):
         moments.nonfinite += activation.numel() - int(torch.isfinite(activation).sum())
         return
+    largest = max(-low, high) * abs(form.scale)
+    dtype = moments.products if SINGLE[0] < largest < SINGLE[1] else torch.float64
 
     limit = max(1, CHUNK_BYTES // (8 * tap.groups * tap.width))
     parts: Sequence[Tensor] = (activation,)
@@ -104,6 +111,7 @@ def observe(
         check_images(activation, form, tap)
         per_image = math.prod(outputs(activation, form))
         rows = len(activation) * per_image
+        every = max(1, min(every, per_image // LEAST_OF_IMAGE))  # images of one data set may differ in size
         axis = lag_axis(activation, form)
         if weigh is None and every == 1 and axis is not None and moments.rows + rows > tap.width:
             gram, total = patch_gram(activation, form, axis, device=moments.device, chunk_bytes=CHUNK_BYTES)
@@ -114,7 +122,7 @@ def observe(
         view = _view(part, tap)
         view = view.thinned(every, phase) if every > 1 else view
         for piece in view.slices(limit):
-            _add(moments, view, piece, form.scale, weigh)
+            _add(moments, view, piece, form.scale, weigh, dtype)
 
 
 def _runs(activation: Tensor, inside: Inside) -> Sequence[Tensor]:
@@ -124,10 +132,12 @@ def _runs(activation: Tensor, inside: Inside) -> Sequence[Tensor]:
     return (activation,) if activation.numel() else ()
 
 
-def _add(moments: InputMoments, view: _RowView, piece: Tensor, scale: float, weigh: Weigh | None) -> None:
+def _add(
+    moments: InputMoments, view: _RowView, piece: Tensor, scale: float, weigh: Weigh | None, dtype: torch.dtype
+) -> None:
     # A function of its own, so that its copy of the rows is gone before the next one is made.
     # Conversion and copy in one pass: a cast alone keeps the strides of im2col, and reshaping copies again.
-    rows = view.rows(piece.to(moments.device, moments.products, memory_format=torch.contiguous_format))
+    rows = view.rows(piece.to(moments.device, dtype, memory_format=torch.contiguous_format))
     # The factor follows the conversion: in half precision it would be rounded away.
     rows = rows if scale == 1 else rows * scale
     moments.update(rows if weigh is None else rows * weigh(rows).to(rows).sqrt()[:, None])
