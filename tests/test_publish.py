@@ -1,5 +1,6 @@
 """From decision to file: shifts that break a promise are put back, all that is written is judged, or nothing is."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import pytest
 
 from onnx_optshift.commands import publish
 from onnx_optshift.commands.publish import published
+from onnx_optshift.decide import back_off
 from onnx_optshift.decide.back_off import REVERTED
 from onnx_optshift.decide.decision import Decision, Way
 from onnx_optshift.decide.grounds import grounds_of
 from onnx_optshift.errors import ToleranceError
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.prove.floor import Promise
+from onnx_optshift.report.model import OutputComparison, Verification
+from onnx_optshift.run.candidate import Candidate
 from onnx_optshift.run.capture import captured
 from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
@@ -154,3 +158,18 @@ def test_when_nothing_helps_nothing_is_written(prepared, grounds, layers, tmp_pa
     with pytest.raises(ToleranceError, match=r"deviates by .* Nothing was written"):
         published(prepared, grounds, decision, tmp_path / "out.onnx")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "rel", "factor"),
+    [(0.01, 0.03, 0.3), (0.01, math.inf, 0), (math.inf, math.inf, 0.9)],
+)
+def test_a_shift_shrinks_in_proportion_and_by_a_number(tolerance, rel, factor, prepared, monkeypatch):
+    def told(grounds, way, residual, promise, *_, **__):
+        return residual
+
+    monkeypatch.setattr(back_off, "decided", told)
+    output = OutputComparison("y", rel, rel, rel, None, 64, tolerance, passed=False)
+    proof = Verification(passed=False, outputs=(output,), noise_floor=None)
+    decision = Decision(Candidate({}, 0.5), Promise(tolerance, "tolerance", prepared.data.calibration))
+    assert back_off.shrunk(None, decision, proof) == pytest.approx(0.5 * factor, rel=1e-12)
