@@ -40,7 +40,7 @@ def integer_weights(model: ModelFile) -> Iterator[tuple[str, int, Array, Array, 
             if levels.ndim > 1 and kind in _BITS:
                 yield node.input[0], _BITS[kind], levels, *sides
         elif node.op_type == "MatMulNBits" and known[1] is not None and known[2] is not None:
-            width, outputs, bits, block = (given[name] for name in ("K", "N", "bits", "block_size"))
+            width, outputs, block, bits = given["K"], given["N"], given["block_size"], given.get("bits", 4)
             blocks = -(-width // block)
             levels = _unpacked(known[1], bits).reshape(outputs, blocks * block)[:, :width] - 2.0 ** (bits - 1)
             zero = np.zeros((outputs, blocks))

@@ -24,6 +24,7 @@ from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.prepare import Prepared
 from onnx_optshift.solve.shift import Outcome
 
+# Of the report's timing; judging is part of solving.
 STAGES = ("capture", "solve", "verify", "judge")
 
 
@@ -32,9 +33,7 @@ class Clock:
     """Seconds spent by stage, each of which is one of progress too."""
 
     progress: Progress = SILENT
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("capture", "solve", "verify", "judge"), 0.0)
-    )
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
