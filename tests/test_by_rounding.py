@@ -194,5 +194,7 @@ def test_what_a_layer_is_rounded_towards_is_the_ridge_regression_of_the_original
     rows, target = np.vstack([moved, root * np.eye(12)]), np.vstack([original @ matrix, root * matrix])
     expected, *_ = np.linalg.lstsq(rows, target, rcond=None)
     np.testing.assert_allclose(problem.matrix[0].numpy(), expected, rtol=1e-9, atol=1e-9)
+    moments.update(torch.full((1, 1, 12), torch.inf, dtype=torch.float64))  # an overflow tells of no problem
+    assert recapture._corrected(weight, torch.from_numpy(matrix)[None], {tap: pair}) is None
     # Negative control: that is another weight, and closer to the original's outputs.
     assert np.linalg.norm(moved @ expected - original @ matrix) < 0.5 * np.linalg.norm((moved - original) @ matrix)

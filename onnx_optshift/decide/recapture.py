@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from onnx_optshift.calibration.source import Batch, Samples
+from onnx_optshift.capture.session import Session
 from onnx_optshift.capture.stream import stream
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
@@ -83,7 +84,7 @@ def _solve(bench: Bench, layers: Layers, samples: Samples, weight: Weight, resid
     held = capture_moved(bench, taps_of([weight]), samples, arrays)
     moved, cross = _of_all_uses(held, weight)
     original = layers.solve(weight, residual)
-    if moved.nonfinite or moved.rows == 0 or layers.blocked(weight) or not original.shift.norm_before:
+    if not _usable(moved, cross) or layers.blocked(weight) or not original.shift.norm_before:
         return original
     matrix = layers.matrix(weight)
     spectrum = factor(moved)
@@ -109,6 +110,8 @@ def rounded_in_order(bench: Bench, layers: Layers, samples: Samples, starts: Sta
     """All weights on the quantizer's grid in graph order, each for the inputs it gets once those before it moved."""
     solved: dict[str, Solved] = {}
     few = _enough(layers, samples)
+    # One session for all of them: to make it takes as long as a run of some samples. A large model has none to spare.
+    session = None if bench.sessions.large else bench.sessions.probe(bench.taps, [w.name for w in bench.weights])
     # Layers that read the same value are captured together: none of them comes before another.
     read: tuple[Tap, ...] = ()
     held: Mapping[Tap, Pair] = {}
@@ -120,7 +123,7 @@ def rounded_in_order(bench: Bench, layers: Layers, samples: Samples, starts: Sta
         if arrays and (taps := _read(weight)) != read:
             read, held = taps, {}  # before the next ones are captured, not after
             together = [w for w in layers.weights.values() if _read(w) == taps]
-            held = capture_moved(bench, taps_of(together), few, arrays)
+            held = capture_moved(bench, taps_of(together), few, arrays, session)
         instead = _corrected(weight, layers.matrix(weight), held) if arrays else None
         solved[weight.name] = layers.snap(weight, start, instead)
     return gathered(layers, starts, solved)
@@ -134,7 +137,7 @@ def _read(weight: Weight) -> tuple[Tap, ...]:
 def _corrected(weight: Weight, matrix: Tensor, held: Mapping[Tap, Pair]) -> Problem | None:
     """The problem of V*; None where no rows tell of one."""
     moved, cross = _of_all_uses(held, weight)
-    if moved.nonfinite or moved.rows == 0:
+    if not _usable(moved, cross):
         return None
     gram = moved.gram()
     ridge = LEAST_RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
@@ -149,6 +152,11 @@ def _of_all_uses(held: Mapping[Tap, Pair], weight: Weight) -> Pair:
     return reduce(lambda a, b: (a[0].merge(b[0]), a[1] + b[1]), (held[use.tap] for use in weight.uses))
 
 
+def _usable(moved: InputMoments, cross: Tensor) -> bool:
+    """Whether there are rows, and numbers in all of them: once layers have moved, half precision may overflow."""
+    return moved.rows > 0 and bool(torch.isfinite(cross).all() and torch.isfinite(moved.gram()).all())
+
+
 def _enough(layers: Layers, samples: Samples) -> Samples:
     """Of samples as many, evenly spaced, as bring every layer rows enough."""
     shares = [
@@ -158,14 +166,16 @@ def _enough(layers: Layers, samples: Samples) -> Samples:
     return samples.spread(math.ceil(min(1.0, max(shares)) * len(samples)))
 
 
-def capture_moved(bench: Bench, taps: Sequence[Tap], samples: Samples, arrays: Arrays) -> dict[Tap, Pair]:
+def capture_moved(
+    bench: Bench, taps: Sequence[Tap], samples: Samples, arrays: Arrays, session: Session | None = None
+) -> dict[Tap, Pair]:
     """By tap: moments of its rows A' once these weights have moved, and A'ᵀA `[g, d, d]` with the original rows A."""
     found: dict[Tap, Pair] = {}
     for tap in taps:
         cross = torch.zeros(tap.groups, tap.width, tap.width, dtype=torch.float64, device=bench.device.solve)
         found[tap] = (InputMoments(tap.groups, tap.width, bench.device.solve, bench.products), cross)
     before: dict[Tap, Tensor] = {}
-    session = bench.sessions.probe(taps, [w.name for w in bench.weights])
+    session = session or bench.sessions.probe(taps, [w.name for w in bench.weights])
 
     def keep(tap: Tap, _: Batch, activation: Tensor) -> None:
         before[tap] = to_rows(activation, tap).clone()
