@@ -79,9 +79,12 @@ def on_grid(problem: Problem, grid: Grid, start: Start) -> Tensor:
     matrix, rounding = problem.matrix, Rounding(problem.spectrum, grid)
     scale, ridge = (torch.full_like(matrix[:1, :1], share) for share in (start.scale, start.ridge))
     rounded = rounding.run(matrix, narrowed(problem, grid, start.residual), scale, ridge)
-    plain = nearest_point(matrix, grid).values()
-    errors, before = (by_column(found - matrix, rounding.gram) for found in (rounded, plain))
-    return torch.where(_less(errors, before, grid), rounded, plain)
+    width = matrix.shape[-1] if grid.scope == "tensor" else _COLUMNS
+    for found, target in zip(*(torch.split(side, width, -1) for side in (rounded, matrix)), strict=True):
+        plain = nearest_point(target, grid).values()
+        errors, before = (by_column(side - target, rounding.gram) for side in (found, plain))
+        found.copy_(torch.where(_less(errors, before, grid), found, plain))
+    return rounded
 
 
 def narrowed(problem: Problem, grid: Grid, residual: float) -> Tensor:
@@ -116,8 +119,11 @@ class Rounding:
         """V `[g, d, m]` on the grid, from a narrowed V, the share `[1, 1, m]` of its scales, and ridges `[1, 1, m]`."""
         if self._grid.scope == "tensor":
             return self._columns(matrix, narrow, share[..., :1], ridge[..., :1], sweeps=sweeps)
-        sides = (torch.split(side, _COLUMNS, -1) for side in (matrix, narrow, share, ridge))
-        return torch.cat([self._columns(*part, sweeps=sweeps) for part in zip(*sides, strict=True)], -1)
+        rounded = torch.empty_like(matrix)
+        sides = (torch.split(side, _COLUMNS, -1) for side in (rounded, matrix, narrow, share, ridge))
+        for part, *given in zip(*sides, strict=True):
+            part.copy_(self._columns(*given, sweeps=sweeps))
+        return rounded
 
     def _columns(self, matrix: Tensor, narrow: Tensor, share: Tensor, ridge: Tensor, *, sweeps: int) -> Tensor:
         state = with_pins(narrow, self._grid, share)
