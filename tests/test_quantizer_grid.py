@@ -115,6 +115,27 @@ def test_matmulnbits_of_onnx_runtime(tmp_path, bits, block):
         assert (found.difference <= REPRODUCED) is same
 
 
+def test_square_weights_stored_the_other_way_round(tmp_path):
+    body = "g (float[b,40] x) => (float[b,40] y) { y = MatMul(x, w) }"
+    matrix = tiny_models.weight(40, 40)
+    scales = (np.abs(matrix).max(0) / 7).astype(np.float32)
+    levels = np.rint(matrix / scales)
+    quantized = tiny_models.model(body, {"w_scale": scales}, opset=21, ir_version=10)
+    stored = levels.T.astype(np.int8).ravel()
+    quantized.graph.initializer.append(onnx.helper.make_tensor("w_i4", onnx.TensorProto.INT4, levels.shape, stored))
+    quantized.graph.node[0].input[1] = "w_turned"
+    turn = onnx.helper.make_node("Transpose", ["w_deq"], ["w_turned"], perm=[1, 0])
+    dequantize = onnx.helper.make_node("DequantizeLinear", ["w_i4", "w_scale"], ["w_deq"], axis=0)
+    for node in (turn, dequantize):
+        quantized.graph.node.insert(0, node)
+    onnx.save(quantized, tmp_path / "q.onnx")
+    for name, weight in (("m.onnx", matrix), ("r.onnx", (levels * scales).astype(np.float32))):
+        onnx.save(tiny_models.model(body, {"w": weight}, opset=21, ir_version=10), tmp_path / name)
+        ((found,), _) = read_grids(str(tmp_path / name), str(tmp_path / "q.onnx"))
+        assert (found.scales, found.options) == ("output channel", "(the default)")
+        assert (found.difference <= REPRODUCED) == (name == "r.onnx")
+
+
 def test_zero_points_are_said(tmp_path):
     matrix = tiny_models.weight(INPUTS, OUTPUTS)
     scales, zero = np.ptp(matrix, 0) / 15, np.full(OUTPUTS, -1)

@@ -64,17 +64,20 @@ def read_grids(original: str, quantized: str) -> tuple[list[Quantized], list[Wei
     model = ModelFile.load(original)
     weights = {weight.name: weight for weight in discover(model, Selection())[0]}
     found: dict[str, Quantized] = {}
-    for name, bits, *arrays in integer_weights(ModelFile.load(quantized)):
+    for name, bits, levels, scales, zero in integer_weights(ModelFile.load(quantized)):
         owners = [weight for weight in weights.values() if name.startswith(weight.name)]
         owner = max(owners, key=lambda weight: len(weight.name), default=None)
-        if owner is not None and arrays[0].size == math.prod(owner.shape):
-            found.setdefault(owner.name, _compared(owner, model.initializer(owner.name), bits, *arrays))
+        if owner is not None and levels.size == math.prod(owner.shape):
+            content = model.initializer(owner.name)
+            ways = [(levels, scales, zero), (levels.T, scales.T, zero.T)]  # stored either way round
+            fitting = (_compared(owner, content, bits, *way) for way in ways if way[0].shape == content.shape)
+            closest = min(fitting, key=lambda one: one.difference, default=None)
+            if closest is not None:
+                found.setdefault(owner.name, closest)
     return list(found.values()), [weight for name, weight in weights.items() if name not in found]
 
 
 def _compared(weight: Weight, original: Array, bits: int, levels: Array, scales: Array, zero: Array) -> Quantized:
-    if levels.shape != original.shape:  # stored the other way round
-        levels, scales, zero = levels.T, scales.T, zero.T
     sides = (weight.form.to_matrix(side).astype(np.float64) for side in (original, scales, zero, levels))
     values, scale, shift, whole = sides
     largest = max(float(np.abs(values).max(initial=0)), np.finfo(np.float64).tiny)
