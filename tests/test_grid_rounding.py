@@ -199,3 +199,17 @@ def test_degenerate_weights_stay_usable(grid):
     assert not bool(found[..., 1].any()) or grid.scope == "tensor"
     silent = problem_of(np.zeros_like(rows), matrix)
     assert choose(silent, grid, silent.spectrum.gram()).residual == 0
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_columns_at_a_time_change_nothing(grid, monkeypatch):
+    rows, matrix = drawn(3, columns=11)
+    problem = problem_of(rows, matrix)
+    whole = on_grid(problem, grid, Start(0.01, 0.9))
+    monkeypatch.setattr(grid_rounding, "_COLUMNS", 4)
+    parts = on_grid(problem, grid, Start(0.01, 0.9))
+    errors = [np.linalg.norm(column_errors(rows, matrix, found.numpy())) for found in (whole, parts)]
+    # Columns of one part stop together, so that a sweep more or less, of 1 % of the squared error, is all.
+    assert errors[1] == pytest.approx(errors[0], rel=0.02)
+    again = round_to_nearest(parts.to(torch.float32), grid)
+    assert float((again - parts).abs().max()) <= 4 * FLOAT32 * float(parts.abs().max())
