@@ -189,7 +189,8 @@ def capture_moved(
         for start in range(0, after.shape[1], ROWS_AT_ONCE):
             part = slice(start, start + ROWS_AT_ONCE)
             moved.update(after[:, part])
-            cross += after[:, part].mT.to(cross.device, bench.products) @ original[:, part].to(moved.products)
+            left, right = (rows[:, part].to(cross.device, bench.products) for rows in (after, original))
+            cross += left.mT @ right
 
     with bench.progress.stage("capture again", len(samples)) as advance:
         for batch in samples.batches(bench.batch_size):
