@@ -47,7 +47,7 @@ MOST_WORK = 2e11
 # Rows that are multiplied at the same time.
 ROWS_AT_ONCE = 8192
 # Rows for each input of the widest layer that are captured again where weights are going to be rounded.
-ROWS_PER_INPUT = 16
+ROWS_PER_INPUT = 4
 
 Pair = tuple[InputMoments, Tensor]
 """Moments of rows A' `[g, n, d]`, and A'ᵀA `[g, d, d]`."""

@@ -225,8 +225,8 @@ def _descend(state: GridPoint, slope: Tensor, metric: _Metric) -> None:
     """One sweep of coordinate descent on `‖A(Q - V)‖²` over the grid; uses the slope up."""
     gram, scales = metric.gram, state.scales.to(torch.float32)
     diagonal = gram.diagonal(dim1=-2, dim2=-1)[..., None] + metric.ridge
-    # An input that is always 0 moves nothing: its weights stay.
-    steps = torch.where(diagonal > 0, 1 / diagonal, 0.0) / scales
+    # The ridge keeps it above 0: weights of an input that is always 0 go to the nearest level.
+    steps = 1 / (diagonal * scales)
     width = slope.shape[1]
     # Views of all inputs at once: taken one by one they would cost as much as the arithmetic.
     levels, pinned, sizes, scale = (x.unbind(1) for x in (state.levels, state.pinned, steps, scales))
