@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from onnx_optshift.decide.gate import Gate, Judged, paired
-from onnx_optshift.decide.recapture import affordable, layer_by_layer
+from onnx_optshift.decide.recapture import layer_by_layer, worth_it
 from onnx_optshift.diagnosis.flatness import flatness_of
 from onnx_optshift.run.candidate import Candidate
 from onnx_optshift.run.capture import layers_maker
@@ -102,7 +102,7 @@ class Comparison:
         """All objectives; curvature with so many seeds."""
         norm = self.layers("norm")
         yield Way("norm", [norm], [norm.candidate])
-        if affordable(norm):
+        if worth_it(norm, "auto"):
             yield Way("norm, layer by layer", [norm], [lambda r: layer_by_layer(self.bench, norm, self.samples, r)])
         curvature = [self.layers("curvature", seed) for seed in range(seeds)]
         yield Way("curvature", curvature, [layers.candidate for layers in curvature])
