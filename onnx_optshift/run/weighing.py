@@ -78,11 +78,6 @@ class Rows:
         return float(self.energies.median()) or float(self.energies.mean())
 
     @property
-    def weights(self) -> Tensor:
-        """The weights `[n]` that this layer alone gives the rows."""
-        return 1 / (self.energies / self.median).clamp_min(FLOOR)
-
-    @property
     def top_share(self) -> float:
         """Share of all energy that the largest 1 per cent of the rows have."""
         count = max(1, round(TOP * len(self.energies)))
@@ -164,8 +159,8 @@ def _sharing(weights: Sequence[Weight], rows: Mapping[str, Rows]) -> list[list[W
 def _agree(layers: Sequence[Rows]) -> bool:
     if len({len(layer.energies) for layer in layers}) > 1:
         return False  # rows that were not finite in one of them
-    weights = torch.stack([layer.weights for layer in layers])
-    shared = 1 / (1 / weights).mean(0)
+    shares = torch.stack([layer.energies / layer.median for layer in layers])
+    weights, shared = 1 / shares.clamp_min(FLOOR), 1 / shares.mean(0).clamp_min(FLOOR)
     ratios = torch.maximum(weights / shared, shared / weights)
     return float(ratios.amax(0).quantile(0.99)) <= AGREEMENT if ratios.shape[1] < 2**24 else False
 
