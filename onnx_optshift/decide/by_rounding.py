@@ -47,17 +47,15 @@ def by_rounding(grounds: Grounds, *, snap: bool, most: float = 1.0) -> Decision:
         return placed(layers, starts, snap=snap)
 
     taken = way(SNAPPED if snap else NARROWED, at_once, separable=True)
-    name = taken.name
     if snap and grounds.gate is not None and starts and worth_it(grounds.full, grounds.recapture):
         after = way(IN_ORDER, partial(rounded_in_order, grounds.bench), separable=False)
-        # Held, so that neither is solved again.
-        trials = [(one, one.fit(0.0)) for one in (taken, after)]
-        judged = [grounds.gate.judge(trial.arrays, one.name, 0.0) for one, trial in trials]
-        (_, before), (verdict, found) = judged
-        if verdict.accepted and grounds.gate.deciding(found).mean() < grounds.gate.deciding(before).mean():
-            taken, name = after, after.name
-    decision = decided(grounds, taken, 0.0, unbounded(grounds), name)
+        trials = taken.fit(0.0), after.fit(0.0)  # held, so that neither is solved again
+        _, parallel = grounds.gate.judge(trials[0].arrays, taken.name, 0.0)
+        verdict, in_order = grounds.gate.judge(trials[1].arrays, after.name, 0.0)
+        if verdict.accepted and grounds.gate.deciding(in_order).mean() < grounds.gate.deciding(parallel).mean():
+            taken = after
+    decision = decided(grounds, taken, 0.0, unbounded(grounds), taken.name)
     residuals = sorted(start.residual for start in starts.values())
     spread = f"{residuals[0]:.2g} to {residuals[-1]:.2g}" if residuals else "none"
-    note = f"{name}: residuals {spread} before rounding, chosen on rows that did not fit them"
+    note = f"{taken.name}: residuals {spread} before rounding, chosen on rows that did not fit them"
     return replace(decision, notes=(*decision.notes, note))

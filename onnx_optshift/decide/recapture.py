@@ -84,7 +84,7 @@ def _solve(bench: Bench, layers: Layers, samples: Samples, weight: Weight, resid
     held = capture_moved(bench, taps_of([weight]), samples, arrays)
     moved, cross = _of_all_uses(held, weight)
     original = layers.solve(weight, residual)
-    if not _usable(moved, cross) or layers.blocked(weight) or not original.shift.norm_before:
+    if not _usable(moved.rows, moved.gram(), cross) or layers.blocked(weight) or not original.shift.norm_before:
         return original
     matrix = layers.matrix(weight)
     spectrum = factor(moved)
@@ -137,9 +137,9 @@ def _read(weight: Weight) -> tuple[Tap, ...]:
 def _corrected(weight: Weight, matrix: Tensor, held: Mapping[Tap, Pair]) -> Problem | None:
     """The problem of V*; None where no rows tell of one."""
     moved, cross = _of_all_uses(held, weight)
-    if not _usable(moved, cross):
-        return None
     gram = moved.gram()
+    if not _usable(moved.rows, gram, cross):
+        return None
     ridge = LEAST_RIDGE * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[:, None, None]
     if not bool((ridge > 0).all()):
         return None
@@ -152,9 +152,9 @@ def _of_all_uses(held: Mapping[Tap, Pair], weight: Weight) -> Pair:
     return reduce(lambda a, b: (a[0].merge(b[0]), a[1] + b[1]), (held[use.tap] for use in weight.uses))
 
 
-def _usable(moved: InputMoments, cross: Tensor) -> bool:
-    """Whether there are rows, and numbers in all of them: once layers have moved, half precision may overflow."""
-    return moved.rows > 0 and bool(torch.isfinite(cross).all() and torch.isfinite(moved.gram()).all())
+def _usable(rows: int, gram: Tensor, cross: Tensor) -> bool:
+    """Whether there are rows, and numbers in all products: once layers have moved, half precision may overflow."""
+    return rows > 0 and bool(torch.isfinite(cross).all() and torch.isfinite(gram).all())
 
 
 def _enough(layers: Layers, samples: Samples) -> Samples:
