@@ -144,3 +144,48 @@ def test_shapes_that_do_not_fit_are_refused():
         moments.update_gram(torch.ones(2, 4, 5), torch.ones(2, 4), 3)
     with pytest.raises(ValueError, match="cannot take"):
         moments.merge(InputMoments(2, 5))
+
+
+def restored(moments):
+    """The same moments by way of their state's bytes."""
+    state = {name: torch.from_numpy(tensor.numpy().copy()) for name, tensor in moments.state().items()}
+    return InputMoments.from_state(state, products=moments.products)
+
+
+@pytest.mark.parametrize("products", [torch.float64, torch.float32])
+@pytest.mark.parametrize("interrupted_after", range(6))
+def test_what_is_saved_and_read_in_between_goes_on_bit_by_bit(products, interrupted_after):
+    # Batches cross from stored rows to the Gram matrix; some lie transposed in memory, as convolutions hand them over.
+    # 70 wide: several block rows; 3 to 24 rows: sums whose order shows in the last bits.
+    rng = np.random.default_rng(3)
+    batches = [torch.from_numpy(rng.standard_normal((2, n, 140))).float() for n in (3, 24, 5, 90, 61, 7)]
+    batches[1] = batches[1].mT.contiguous().mT
+    straight, resumed = InputMoments(2, 140, products=products), InputMoments(2, 140, products=products)
+    for number, batch in enumerate(batches):
+        straight.update(batch)
+        straight.nonfinite += number
+        resumed.update(batch)
+        resumed.nonfinite += number
+        if number == interrupted_after:
+            resumed = restored(resumed)
+    expected, found = straight.state(), resumed.state()
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert torch.equal(straight.gram(), resumed.gram())
+    assert torch.equal(straight.merge(resumed).gram(), resumed.merge(restored(straight)).gram())
+
+
+def test_looking_at_stored_rows_changes_no_bit_of_what_becomes_of_them():
+    rng = np.random.default_rng(4)
+    batches = [torch.from_numpy(rng.standard_normal((1, n, 130))).float() for n in (31, 40, 29, 60)]
+    untouched, looked_at = InputMoments(1, 130), InputMoments(1, 130)
+    for batch in batches:
+        untouched.update(batch)
+        looked_at.update(batch)
+        looked_at.state()
+    # The negative control: added one by one, the same rows give other bits.
+    apart = sum(b.double().mT @ b.double() for b in batches[:3])
+    assert not torch.equal(
+        apart.triu(), torch.cat(batches[:3], 1).double().mT.matmul(torch.cat(batches[:3], 1).double()).triu()
+    )
+    assert torch.equal(untouched.gram(), looked_at.gram())

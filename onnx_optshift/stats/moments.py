@@ -24,7 +24,8 @@ _MAX_BLOCKS = 8
 class InputMoments:
     """Unnormalized moments of rows A `[g, n, d]`: a commutative monoid under `merge`.
 
-    The result depends neither on the order of the rows nor on how they were split into updates, up to rounding.
+    The result depends neither on the order of the rows nor on how they were split into updates, up to rounding; and not
+    by a bit on whether anybody has looked at it in between.
 
     Attributes:
         groups: g, the number of independent problems; every update brings the same number of rows to each.
@@ -86,9 +87,11 @@ class InputMoments:
         if count == 0:
             return
         fits = self._upper is None and self.rows + count <= self.width
-        # Rows that are stored must not alias a buffer that the caller may fill again.
         wide = fits or rows.dtype == torch.float64
-        rows = rows.to(self.device, torch.float64 if wide else self.products, copy=fits)
+        rows = rows.to(self.device, torch.float64 if wide else self.products)
+        if fits:
+            # They must not alias a buffer that the caller may fill again, and lie as they will once saved and read.
+            rows = rows.clone(memory_format=torch.contiguous_format)
         self.total += rows.sum(dim=1, dtype=torch.float64)
         self.rows += count
         if fits:
@@ -124,11 +127,10 @@ class InputMoments:
         merged = InputMoments(self.groups, self.width, self.device, self.products)
         # The folded one first: the stored rows of the other then join its G without being kept.
         for part in sorted((self, other), key=lambda moments: moments._upper is None):
-            if part._upper is not None:
-                merged.update_gram(part._upper, part.total, part.rows)
+            if (rows := part.stored_rows) is None:
+                merged.update_gram(part._fold(), part.total, part.rows)
             else:
-                for rows in part._stored:
-                    merged.update(rows)
+                merged.update(rows)
         merged.nonfinite = self.nonfinite + other.nonfinite
         return merged
 
@@ -140,22 +142,33 @@ class InputMoments:
         return {"total": self.total, "counts": counts, **kept}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, Tensor]) -> InputMoments:
-        """The inverse of `state`, on the device of its tensors."""
+    def from_state(
+        cls,
+        state: Mapping[str, Tensor],
+        device: str | torch.device | None = None,
+        products: torch.dtype = torch.float64,
+    ) -> InputMoments:
+        """The inverse of `state`, on the device of its tensors unless another is given.
+
+        Whatever is added next gives bit by bit what it would have given to the moments that `state` was taken of, if
+        they had the same device and products.
+        """
         total = state["total"]
-        moments = cls(total.shape[0], total.shape[1], total.device)
-        moments.total = total.clone()
+        moments = cls(total.shape[0], total.shape[1], total.device if device is None else device, products)
+        moments.total = total.to(moments.device, copy=True)
         moments.rows, moments.nonfinite = (int(count) for count in state["counts"])
         if "upper" in state:
-            moments._upper = state["upper"].clone()
+            moments._upper = state["upper"].to(moments.device, copy=True)
         else:
-            moments._stored = [state["rows"].clone()]
+            moments._stored = [state["rows"].to(moments.device, copy=True)]
         return moments
 
     def _product(self) -> Tensor:
-        """G's upper triangle, of the stored rows."""
+        """G's upper triangle, of the stored rows: all at once, so that how they came makes no difference to a bit."""
+        rows = self.stored_rows
+        assert rows is not None
         upper = self.total.new_zeros(self.groups, self.width, self.width)
-        for rows in self._stored:
+        if rows.shape[1]:
             _add_product(upper, rows)
         return upper
 
