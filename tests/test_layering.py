@@ -27,11 +27,11 @@ ROWS = [
     ["commands"],
     ["api", "cli"],
     ["__init__"],
-    ["integrations", "__main__"],
+    ["integrations", "torch", "__main__"],
 ]
 # Who may import which library, anywhere in the module.
 BORDERS = {
-    "torch": {"capture", "stats", "solve", "quantize", "run", "decide", "diagnosis"},
+    "torch": {"capture", "stats", "solve", "quantize", "run", "decide", "diagnosis", "torch"},
     "onnxruntime": {"capture.session"},
     "onnx_graphsurgeon": {"graph"},
     "onnx": {
@@ -146,6 +146,8 @@ def test_allowed_imports_pass():
 
 def test_subpackages_re_export_nothing():
     for path in PACKAGE.glob("*/__init__.py"):
+        if path.parent.name == "torch":
+            continue  # what users of it import, as from the package itself
         body = ast.parse(path.read_text(encoding="utf-8")).body
         assert len(body) == 1, f"{path.parent.name} holds more than a docstring"
         assert isinstance(body[0], ast.Expr)

@@ -8,10 +8,10 @@ from onnx import TensorProto, helper, numpy_helper
 import onnx_optshift
 from onnx_optshift.geometry import MatrixRows, PatchRows, Tap
 from onnx_optshift.quantize.rtn import Grid, round_to_nearest
-from onnx_optshift.run.weighing import FLOOR, RowRule, Rows
 from onnx_optshift.solve import quant_range
 from onnx_optshift.solve.spectrum import factor
 from onnx_optshift.stats.moments import InputMoments
+from onnx_optshift.stats.row_weights import FLOOR, RowRule, Rows
 from onnx_optshift.stats.rows import observe, to_rows
 
 WIDTH, OUTPUTS = 32, 24

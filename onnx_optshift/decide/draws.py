@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from numpy.typing import NDArray
 
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.errors import InputError
-from onnx_optshift.run.outputs import Outputs
+
+if TYPE_CHECKING:  # which loads the runtime
+    from onnx_optshift.run.outputs import Outputs
 
 
 def balanced_batch(classes: NDArray[np.int64], size: int, generator: np.random.Generator) -> NDArray[np.int64]:

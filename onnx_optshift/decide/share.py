@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from onnx_optshift.calibration.source import Samples
-from onnx_optshift.run.candidate import Candidate
-from onnx_optshift.run.outputs import Outputs
+from onnx_optshift.run.candidate import Arrays, Candidate
+
+if TYPE_CHECKING:  # which loads the runtime
+    from onnx_optshift.run.outputs import Outputs
 
 # The search ends inside this share of the tolerance: used, and with room for the file's own rounding.
 AIM_LOW, AIM, AIM_HIGH = 0.85, 0.93, 0.99
@@ -43,22 +46,36 @@ def share_out(
 
     The search runs on a part of the samples, drawn by the seed, where there are many, and ends on all of them.
     """
+
+    def measured_on(some: Samples) -> Callable[[Arrays], float]:
+        return lambda arrays: outputs.deviation(some, arrays).largest_rel()
+
     start = min(tolerance, MOST_RESIDUAL)
     if len(samples) > 2 * PART:
         part = np.sort(np.random.default_rng(seed).choice(len(samples), PART, replace=False))
-        start = _search(outputs, samples.select(part), candidate_at, tolerance, start).candidate.tolerance or start
-    return _search(outputs, samples, candidate_at, tolerance, start)
+        start = search(measured_on(samples.select(part)), candidate_at, tolerance, start).candidate.tolerance or start
+    return search(measured_on(samples), candidate_at, tolerance, start)
 
 
-def _search(
-    outputs: Outputs, samples: Samples, candidate_at: Callable[[float], Candidate], tolerance: float, residual: float
+def search(
+    deviation_of: Callable[[Arrays], float],
+    candidate_at: Callable[[float], Candidate],
+    tolerance: float,
+    residual: float,
 ) -> Shared:
-    """One search, from a first guess."""
+    """One search, from a first guess.
+
+    Args:
+        deviation_of: Measures how far outputs are off with other contents of weights.
+        candidate_at: Solves all layers at one residual.
+        tolerance: What that may be.
+        residual: To begin with.
+    """
     best: Shared | None = None
     too_far: float | None = None  # smallest residual known to leave the tolerance
     for _ in range(MOST_STEPS):
         candidate = candidate_at(residual)
-        deviation = outputs.deviation(samples, candidate.arrays).largest_rel()
+        deviation = deviation_of(candidate.arrays)
         if deviation <= AIM_HIGH * tolerance:
             if best is not None and too_far is None and deviation <= best.deviation:
                 break  # layers that back off leave the rest unused, and give up altogether where more is allowed

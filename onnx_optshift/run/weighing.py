@@ -1,20 +1,18 @@
-"""Row weights: every row's error counts relative to the row's own output, `w_r = 1 / ‖x_r V‖²`.
+"""Layers that read weighed rows: the rules of `stats.row_weights`, from a few samples, shared where layers agree.
 
 In one Frobenius norm the rows of the largest outputs own the tolerance: in trained transformers 1 to 3 per cent of the
 tokens (separators) have outputs 35 times the median's norm, and a residual of 2 per cent over all rows then lets an
 ordinary row be wrong by half. With `diag(√w) A` in place of A everything else stays as it is; exact solutions are the
 same, as an equation may be scaled.
 
-The energies of rows near 0 are taken as a share of the median's, or they would own the norm in turn. That median comes
-from a pass over a few samples, so that the weight of a row depends on nothing but the row: weighted moments stay
-additive. Layers that read one input share its statistics where their weights agree on those samples.
+Medians come from a pass over a few samples, so that the weight of a row depends on nothing but the row: weighted
+moments stay additive. Layers that read one input share its statistics where their weights agree on those samples.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -25,69 +23,12 @@ from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.solve.finish import as_matrix
+from onnx_optshift.stats.row_weights import FLOOR, MOST_SAMPLES, RowRule, Rows, energies
 from onnx_optshift.stats.rows import to_rows
 
-# Least energy of a row, as a share of the median's.
-FLOOR = 0.05
-# Samples that the medians, and whether layers agree, are taken from.
-MOST_SAMPLES = 32
 # Layers share statistics where 99 of 100 rows have weights within this factor of the mean's: what a residual means then
 # differs by less than its square root.
 AGREEMENT = 1.5
-# Rows that hold the largest outputs, for the report's share of the Gram matrix.
-TOP = 0.01
-
-
-@dataclass(frozen=True)
-class RowRule:
-    """The weights of rows by the outputs that some layers give them: 1 over the mean of their relative energies.
-
-    Attributes:
-        root: R `[g, d, k]`, float32, with R Rᵀ the mean of V Vᵀ over the layers, each divided by the median energy of
-            its output rows; k is d at most, so that a wide layer's weights cost no more than d² products a row.
-    """
-
-    root: Tensor
-
-    @classmethod
-    def of(cls, matrices: Sequence[Tensor], medians: Sequence[float]) -> RowRule:
-        """The rule of layers with these V `[g, d, m]` and medians of the energy of their output rows."""
-        scaled = [matrix / math.sqrt(median * len(matrices)) for matrix, median in zip(matrices, medians, strict=True)]
-        root = torch.cat(scaled, -1)
-        # The QR decomposition of the transpose: x R Rᵀ xᵀ = ‖x V‖² for every row.
-        return cls(torch.linalg.qr(root.mT, mode="r").R.mT.contiguous() if root.shape[2] > root.shape[1] else root)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """Weights `[n]` of rows `[g, n, d]`; 1 for a row of median energy."""
-        return 1 / energies(rows, self.root).clamp_min(FLOOR)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """What a few samples say about the output rows of one layer.
-
-    Attributes:
-        energies: ‖x_r V‖² `[n]`.
-    """
-
-    energies: Tensor
-
-    @property
-    def median(self) -> float:
-        """Median energy; the mean where most rows are 0."""
-        return float(self.energies.median()) or float(self.energies.mean())
-
-    @property
-    def top_share(self) -> float:
-        """Share of all energy that the largest 1 per cent of the rows have."""
-        count = max(1, round(TOP * len(self.energies)))
-        total = float(self.energies.sum())
-        return float(self.energies.topk(count).values.sum()) / total if total else 0.0
-
-
-def energies(rows: Tensor, matrix: Tensor) -> Tensor:
-    """‖x_r V‖² `[n]` of rows `[g, n, d]`, over all groups, in float32."""
-    return (rows.to(matrix) @ matrix).square().sum((0, 2))
 
 
 def output_rows(bench: Bench, samples: Samples) -> dict[str, Rows]:

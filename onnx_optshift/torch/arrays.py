@@ -1,0 +1,24 @@
+"""Parameters as numpy arrays and back: a view where memory allows it, bfloat16 included."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def as_array(tensor: Tensor) -> NDArray[np.generic]:
+    """A tensor's content."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def as_tensor(array: NDArray[np.generic]) -> Tensor:
+    """An array as a tensor on the CPU; a view of it."""
+    if array.dtype == ml_dtypes.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
