@@ -18,13 +18,14 @@ from onnx_optshift.solve import error_ball, min_norm
 from onnx_optshift.solve.error_ball import BallPath, secular_root
 from onnx_optshift.solve.objective import OBJECTIVES
 from onnx_optshift.solve.shift import Outcome
+from onnx_optshift.solve.spectrum import Coordinates
 
 TOLERANCES = [1e-5, 1e-3, 0.1, 0.5, 0.9]
 
 
 def path(name, seed=0):
     rows, matrix, spectrum = cases.draw(name, seed)
-    return rows, matrix, BallPath(spectrum, torch.from_numpy(matrix), FLOAT32)
+    return rows, matrix, BallPath(Coordinates.of(spectrum, torch.from_numpy(matrix), FLOAT32))
 
 
 def stationarity(rows, before, after):
@@ -118,7 +119,7 @@ def test_the_norm_falls_with_the_tolerance(name):
 def test_dropped_directions_use_up_their_part_of_the_ball():
     # In bfloat16 the second direction is within rounding: it is dropped, and what that costs is not free.
     rows, matrix = np.diag([1.0, 3e-3, 2e-3, 1e-3])[None], np.ones((1, 4, 1))
-    ball = BallPath(cases.spectrum(rows), torch.from_numpy(matrix), 2.0**-8)
+    ball = BallPath(Coordinates.of(cases.spectrum(rows), torch.from_numpy(matrix), 2.0**-8))
     used = ball.at(0).predicted_residual
     assert ball.at(0).rank == 1
     assert used == pytest.approx(math.sqrt(14e-6), rel=1e-4)
@@ -156,7 +157,8 @@ def test_around_a_centre_whose_input_has_moved():
     center = np.linalg.lstsq(after[0], target[0], rcond=None)[0][None]
     scale = np.linalg.norm(target)
     floor = np.linalg.norm(after @ center - target) / scale
-    ball = BallPath(cases.spectrum(after), torch.from_numpy(center), FLOAT32, floor=floor, scale=scale)
+    around = Coordinates.of(cases.spectrum(after), torch.from_numpy(center), FLOAT32)
+    ball = BallPath(around, floor=floor, scale=scale)
     for tolerance in (floor * 1.01, 0.1, 0.3):
         shift = ball.at(tolerance)
         w = shift.matrix.numpy()
@@ -164,7 +166,7 @@ def test_around_a_centre_whose_input_has_moved():
         assert shift.predicted_residual == pytest.approx(tolerance, rel=1e-9)
         assert stationarity(after, center, w)[0] < 1e-6
         # Negative control: without the floor the same tolerance overshoots.
-        blind = BallPath(cases.spectrum(after), torch.from_numpy(center), FLOAT32, scale=scale).at(tolerance)
+        blind = BallPath(around, scale=scale).at(tolerance)
         assert np.linalg.norm(after @ blind.matrix.numpy() - target) / scale > 1.01 * tolerance or tolerance > 2 * floor
     assert torch.equal(ball.at(floor / 2).matrix, torch.from_numpy(center))
     assert ball.at(floor / 2).predicted_residual == pytest.approx(floor)

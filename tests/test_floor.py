@@ -1,5 +1,8 @@
 """What may be called exact: each output by its own noise, never beyond a limit, and refused where noise hides it."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -10,7 +13,8 @@ from onnx_optshift.cli import main
 from onnx_optshift.commands import shift
 from onnx_optshift.commands.verify import verify
 from onnx_optshift.errors import ToleranceError
-from onnx_optshift.prove.floor import MOST_EXACT, MOST_ROUNDINGS, noise_floor
+from onnx_optshift.prove.floor import FEW_SAMPLES, MOST_EXACT, MOST_ROUNDINGS, Promise, noise_floor
+from onnx_optshift.prove.written import Prover
 from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
 
@@ -116,3 +120,30 @@ def test_values_in_half_precision_count_where_the_weights_are_not():
     assert noise_floor(prepared.bench, samples, ["W"], 0).limit == MOST_ROUNDINGS * 2.0**-11
     plain = prepare(model(QUIET), Settings(device="cpu"), [DATA])
     assert noise_floor(plain.bench, samples, ["W"], 0).limit == MOST_EXACT  # negative control
+
+
+def test_only_a_file_that_leaves_the_bound_of_few_samples_is_held_against_that_of_more(monkeypatch):
+    """Both bounds are of one floor: the second look costs runs only where the first did not suffice."""
+    asked = []
+
+    def counted(bench, samples, *rest):
+        asked.append(len(samples))
+        return noise_floor(bench, samples, *rest)
+
+    monkeypatch.setattr("onnx_optshift.prove.written.noise_floor", counted)
+    few, many = FEW_SAMPLES, 2 * FEW_SAMPLES
+    data = {"x": np.random.default_rng(0).standard_normal((many, 12)).astype(np.float32)}
+    proto = model(QUIET)
+    prepared = prepare(proto, Settings(device="cpu"), [data])
+    promise = Promise(0.0, "noise", prepared.data.calibration)
+    for moved, looks in ((1e-7, [few]), (1e-3, [few, many])):
+        other = onnx.ModelProto.FromString(proto.SerializeToString())
+        content = numpy_helper.to_array(proto.graph.initializer[0])
+        other.graph.initializer[0].CopyFrom(numpy_helper.from_array((content * np.float32(1 + moved)), "W"))
+        asked.clear()
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "b.onnx")
+            onnx.save(other, path)
+            proof = Prover(prepared.bench, 0).compare(path, "another", ["W"], promise)
+        assert asked == looks
+        assert proof.passed == (looks == [few])

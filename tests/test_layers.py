@@ -7,7 +7,8 @@ import pytest
 
 from onnx_optshift.commands import shift
 from onnx_optshift.quantize.rtn import Grid
-from onnx_optshift.run.layers import SPECTRUM_POINTS, Layers
+from onnx_optshift.run.candidate import SPECTRUM_POINTS
+from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
 from onnx_optshift.solve.granularity import Granularity

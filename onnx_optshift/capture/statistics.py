@@ -66,9 +66,14 @@ class StatisticsStore:
         return self._held[tap].rows if tap in self._held else self._expected.get(tap, 0)
 
     def merged(self, other: StatisticsStore) -> StatisticsStore:
-        """The statistics of the samples of both, which must be disjoint; of stores of one wave."""
+        """The statistics of the samples of both, which must be disjoint; of stores of one wave.
+
+        Taps that the other lacks stay as they are.
+        """
         mine, theirs = self.load(0), other.load(0)
-        return StatisticsStore.of({tap: moments.merge(theirs[tap]) for tap, moments in mine.items()})
+        return StatisticsStore.of({
+            tap: moments.merge(theirs[tap]) if tap in theirs else moments for tap, moments in mine.items()
+        })
 
     def state(self, wave: int) -> dict[str, Tensor]:
         """Moments of one wave as tensors by `tap.key/field`, to be saved or sent."""

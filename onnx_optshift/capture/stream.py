@@ -30,6 +30,7 @@ def stream(
     overrides: Mapping[str, NDArray[np.generic]] | None = None,
     done: Callable[[int], None] = lambda _: None,
     drop_masked: bool = True,
+    wanted: Callable[[], Sequence[Tap]] | None = None,
 ) -> None:
     """Runs each batch once and hands every tap's activation to `sink`, one batch alive at a time.
 
@@ -41,12 +42,13 @@ def stream(
         overrides: Values of overridable initializers for this pass.
         done: Called after each batch with its number of samples.
         drop_masked: Whether rows at positions that the batch masks are left out.
+        wanted: Asked after each batch: of which taps more is wanted. The pass ends where it is none; all by default.
 
     Raises:
         InputError: ONNX Runtime cannot run the model on a batch.
     """
-    values = list(dict.fromkeys(tap.value for tap in taps))
     for batch in batches:
+        values = list(dict.fromkeys(tap.value for tap in taps))
         # A graph input that is read by a layer comes from the feeds: as an output it would alias the input, and
         # ONNX Runtime overwrites such an output on the next run (onnxruntime issue 21922).
         computed = [value for value in values if value not in batch.feeds]
@@ -67,6 +69,8 @@ def stream(
             real = without_padding(activations[tap.value], batch, first)
             sink(tap, batch, without_masked(real, tap, batch) if drop_masked else real)
         done(batch.rows)
+        if wanted is not None and not (taps := wanted()):
+            break
 
 
 def sample_axis(shape: Sequence[int], size: int, first: int = 0) -> int | None:

@@ -92,7 +92,7 @@ def run(
         few = ""
         if prepared.data is not None and prepared.weights:
             with clock("capture"):
-                full, fit = captured(prepared, prepared.data, objective_of(prepared))
+                full, fit = captured(prepared, prepared.data, objective_of(prepared), until_full_rank=True)
             with clock("solve"):
                 grounds = grounds_of(prepared, prepared.data, full, fit)
                 decision = choose(grounds, settings, partial(drawn_layers, prepared, grounds))

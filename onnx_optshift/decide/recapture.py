@@ -36,7 +36,7 @@ from onnx_optshift.solve.error_ball import BallPath
 from onnx_optshift.solve.grid_rounding import LEAST_RIDGE
 from onnx_optshift.solve.problem import ROUNDING_UNIT, Problem
 from onnx_optshift.solve.shift import Outcome, Shift
-from onnx_optshift.solve.spectrum import factor
+from onnx_optshift.solve.spectrum import Coordinates, factor
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.rows import to_rows
 
@@ -95,7 +95,7 @@ def _solve(bench: Bench, layers: Layers, samples: Samples, weight: Weight, resid
     reached = float((spectrum.eigenvalues[..., None] * spectrum.coordinates(center).square()).sum())
     scale = math.sqrt(max(target, 0.0))
     floor = math.sqrt(max(target - reached, 0.0)) / scale if scale else 0.0
-    path = BallPath(spectrum, center, ROUNDING_UNIT[weight.dtype], floor=floor, scale=scale)
+    path = BallPath(Coordinates.of(spectrum, center, ROUNDING_UNIT[weight.dtype]), floor=floor, scale=scale)
     # What cannot be reached at all is not the layer's to answer for: it gets its residual on top of that. Otherwise a
     # layer with a floor above its residual would be solved by V* itself, which noise in A' can make arbitrarily large.
     shift = path.at(math.hypot(residual, floor))

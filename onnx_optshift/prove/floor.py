@@ -35,8 +35,9 @@ from onnx_optshift.solve.problem import ROUNDING_UNIT
 NOISE_FACTOR = 10.0
 # One unit in the last place is already twice what rounding a solution once may do.
 ROUNDING_FACTOR = 4.0
-# The floor is a maximum, so more samples can only raise it: a part of the data gives the stricter bound, sooner.
-NOISE_SAMPLES = 256
+# The floor is a maximum, so more samples can only raise it: few give the stricter bound, sooner. Only a file that
+# leaves that bound is held against the one of more.
+FEW_SAMPLES, NOISE_SAMPLES = 32, 256
 # Samples for the figure at another batch size, which is reported beside the floor and is no part of it.
 OTHER_BATCH_SAMPLES = 16
 # Largest relative deviation that may be called exact; and in rounding units, where those are larger.
@@ -69,18 +70,19 @@ class Floor:
 
 
 def noise_floor(bench: Bench, samples: Samples, names: Collection[str], seed: int) -> Floor:
-    """The noise floor and the rounding floor of the original, for changes of these initializers.
+    """The noise floor and the rounding floor of the original on some samples, for changes of these initializers.
 
     Raises:
         InputError: The model has no output to compare.
     """
-    part = samples.select(np.arange(min(NOISE_SAMPLES, len(samples))))
     outputs = bench.outputs
     runs = {
-        "graph optimizations off": outputs.deviation(part, {}, partial(bench.sessions.open, optimize=False)).results(),
-        "one thread": outputs.deviation(part, {}, partial(bench.sessions.open, threads=1)).results(),
+        "graph optimizations off": outputs.deviation(
+            samples, {}, partial(bench.sessions.open, optimize=False)
+        ).results(),
+        "one thread": outputs.deviation(samples, {}, partial(bench.sessions.open, threads=1)).results(),
     }
-    rounding = outputs.deviation(part, _one_ulp_away(bench, names, seed)).results() if names else {}
+    rounding = outputs.deviation(samples, _one_ulp_away(bench, names, seed)).results() if names else {}
     if not runs["one thread"]:
         raise InputError("verification: the model has no output, so there is nothing to compare. Give it one.")
     noise = {name: [run[name] for run in runs.values()] for name in runs["one thread"]}
@@ -95,7 +97,7 @@ def noise_floor(bench: Bench, samples: Samples, names: Collection[str], seed: in
         }
 
     worst = {name: max(max(d.max_rel, _rel(d)) for d in found) for name, found in noise.items()}
-    other = _other_batch_size(bench, part)
+    other = _other_batch_size(bench, samples)
     bench.sessions.rest()
     return Floor(
         bounds(_max_rel),
@@ -107,7 +109,7 @@ def noise_floor(bench: Bench, samples: Samples, names: Collection[str], seed: in
             rel=max(_rel(d) for found in noise.values() for d in found),
             rounding=max((d.max_rel for d in rounding.values()), default=None),
             runs=tuple(runs),
-            samples=len(part),
+            samples=len(samples),
             batch_size=bench.batch_size,
             other_batch_size=other,
         ),

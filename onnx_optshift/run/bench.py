@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.budget import DEFAULT_BATCH_SIZE, KEPT_OUTPUT_BYTES, Costs
 from onnx_optshift.run.outputs import Outputs
 from onnx_optshift.run.sessions import Sessions
+from onnx_optshift.run.spanning import Spanning
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.rows import Weigh, observe
 
@@ -80,15 +81,23 @@ class Bench:
         """Distinct inputs of all weights."""
         return taps_of(self.weights)
 
-    def statistics(self, samples: Samples, stage: str = "capture") -> StatisticsStore:
-        """Moments of every tap over these samples; captured when a wave is loaded."""
+    def statistics(self, samples: Samples, stage: str = "capture", spanning: Spanning | None = None) -> StatisticsStore:
+        """Moments of every tap over these samples, or until they span; captured when a wave is loaded."""
         rows = {tap: count * len(samples) for tap, count in self.rows.items()}
-        return StatisticsStore(self.waves, lambda taps: self.capture(taps, samples, stage), rows)
+        return StatisticsStore(self.waves, lambda taps: self.capture(taps, samples, stage, spanning), rows)
 
-    def capture(self, taps: Sequence[Tap], samples: Samples, stage: str = "capture") -> dict[Tap, InputMoments]:
-        """Moments of these taps, in one streaming pass over the original model."""
+    def capture(
+        self, taps: Sequence[Tap], samples: Samples, stage: str = "capture", spanning: Spanning | None = None
+    ) -> dict[Tap, InputMoments]:
+        """Moments of these taps, in one streaming pass over the original model; where asked, until they span."""
+        if not taps:
+            return {}
         moments = {tap: InputMoments(tap.groups, tap.width, self.device.solve, self.products) for tap in taps}
         session = self.sessions.probe(taps)
+        wanted = None
+        if spanning is not None:
+            spanning.begin()
+            wanted = partial(spanning.wanted, moments)
 
         def sink(tap: Tap, batch: Batch, activation: torch.Tensor) -> None:
             # Each batch takes other patches than the last one: where on an image something is seen may matter.
@@ -96,7 +105,7 @@ class Bench:
             observe(moments[tap], tap, activation, rule, every=self.every.get(tap, 1), phase=phase)
 
         with self.progress.stage(stage, len(samples)) as advance:
-            stream(session, taps, samples.batches(self.batch_size), sink, done=advance)
+            stream(session, taps, samples.batches(self.batch_size), sink, done=advance, wanted=wanted)
         del session  # before what it has freed is given back
         self.sessions.rest()
         return moments

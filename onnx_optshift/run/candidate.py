@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from weakref import WeakValueDictionary
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from onnx_optshift.quantize.rtn import Grid
-from onnx_optshift.solve.objective import Point
-from onnx_optshift.solve.shift import Shift
+from onnx_optshift.solve.objective import Objective, Point
+from onnx_optshift.solve.problem import Problem
+from onnx_optshift.solve.rounding_error import output_errors
+from onnx_optshift.solve.shift import Outcome, Shift
+
+# Places along a layer's spectrum that the report shows, and the tolerances of its frontier.
+SPECTRUM_POINTS = 33
+FRONTIER = (0.0, 0.003, 0.01, 0.03, 0.1, 0.2)
 
 Arrays = Mapping[str, NDArray[np.generic]]
 """Contents of initializers, by name."""
@@ -30,6 +37,29 @@ class LayerFacts:
     frontier: tuple[Point, ...]  # what other tolerances would give, by the objective
     spectrum: tuple[float, ...]  # singular values of the rows as shares of the largest, some of d
     rounding: Mapping[Grid, float]  # relative output error under round-to-nearest
+
+
+def facts_of(
+    problem: Problem, objective: Objective, grids: Sequence[Grid], rows: int, *, representative: bool
+) -> LayerFacts:
+    """The facts of a layer whose equation is known; what a tolerance would buy only where rows are representative."""
+    coordinates, matrix = problem.coordinates, problem.matrix
+    original = Shift.unchanged(matrix, Outcome.ALREADY_MINIMAL)
+    values = problem.spectrum.eigenvalues.mean(0).clamp_min(0).sqrt().cpu()
+    values = torch.nn.functional.pad(values, (0, matrix.shape[1] - len(values)))
+    places = np.unique(np.linspace(0, len(values) - 1, min(SPECTRUM_POINTS, len(values))).round().astype(int))
+    largest = float(values[0]) or 1.0
+    return LayerFacts(
+        rows,
+        coordinates.rank,
+        coordinates.free,
+        original.norm_before,
+        original.range_before,
+        objective.measure(problem, matrix),
+        tuple(objective.frontier(problem, FRONTIER)) if representative else (),
+        tuple(float(values[place]) / largest for place in places),
+        output_errors(problem.spectrum, matrix, matrix, grids),
+    )
 
 
 @dataclass(frozen=True)

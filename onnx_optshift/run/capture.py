@@ -9,11 +9,13 @@ from onnx_optshift.capture.statistics import StatisticsStore
 from onnx_optshift.run.feature_curvature import feature_curvature
 from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.prepare import Data, Prepared
+from onnx_optshift.run.spanning import Spanning
 from onnx_optshift.settings import Settings
 from onnx_optshift.solve.objective import Norm, Objective, make_grids, make_objective
 
 # Rows that are enough to compare a few starts of one layer by, and samples that are taken for them.
 JUDGING_ROWS, JUDGING_SAMPLES = 4096, (64, 256)
+HELD_OUT = "capture held-out rows"
 
 
 def objective_of(prepared: Prepared) -> Objective:
@@ -26,7 +28,9 @@ def _shape_of_grid(settings: Settings) -> tuple[str, int | None, str]:
     return settings.range_scope, settings.range_block, settings.range_levels
 
 
-def layers_maker(prepared: Prepared, data: Data, objective: Objective | None = None) -> Callable[..., Layers]:
+def layers_maker(
+    prepared: Prepared, data: Data, objective: Objective | None = None, spanning: Spanning | None = None
+) -> Callable[..., Layers]:
     """Makes layers of a store of statistics; whatever that covers, slopes are measured on the samples that fit."""
     settings, bench = prepared.settings, prepared.bench
     objective = objective or Norm()
@@ -44,32 +48,51 @@ def layers_maker(prepared: Prepared, data: Data, objective: Objective | None = N
             judge=judge,
             grids=grids,
             keep=bench.sessions.keep,
+            spanning=spanning,
             progress=bench.progress,
         )
 
     return make
 
 
-def captured(prepared: Prepared, data: Data, objective: Objective) -> tuple[Layers, Layers]:
+def captured(
+    prepared: Prepared, data: Data, objective: Objective, *, until_full_rank: bool = False
+) -> tuple[Layers, Layers]:
     """Layers of all calibration data, and of the part that fits (the same where nothing was split off).
 
     Statistics of one wave are captured here; those of several are when they are loaded, as they never fit together.
+    With `until_full_rank` rows are captured only while they leave a layer freedom, where an exact shift needs no more.
     """
-    bench, make = prepared.bench, layers_maker(prepared, data, objective)
+    bench = prepared.bench
+    spanning = None
+    if until_full_rank and _only_exact(prepared.settings) and not objective.grids:
+        spanning = Spanning(bench.weights, bench.model.initializer, bench.device.solve)
+    make = layers_maker(prepared, data, objective, spanning)
     # Captured when a layer first asks for it, unless its rows are part of the calibration data.
     judges = data.heldout if data.split or data.heldout is None else _enough(prepared, data.heldout)
-    held = None if judges is None else bench.statistics(judges, "capture held-out rows")
+    held = None if judges is None else bench.statistics(judges, HELD_OUT)
     judge = held if objective.grids else None  # or nobody asks, and they would only take room
-    if not data.split or held is None:
-        store = bench.statistics(data.calibration)
-        if len(store.waves) == 1:
-            store.load(0)
-        layers = make(store, judge)
+    fit = bench.statistics(data.fit, spanning=spanning)
+    if len(fit.waves) == 1:
+        fit.load(0)
+    settled = spanning is not None and not spanning.open(bench.taps)  # more rows change nothing
+    if not data.split or judges is None or held is None or (settled and len(fit.waves) == 1):
+        layers = make(fit, judge)
         return layers, layers
-    fit = bench.statistics(data.fit)
-    layers = make(bench.statistics(data.calibration) if len(fit.waves) > 1 else fit.merged(held))
+    if len(fit.waves) > 1:
+        layers = make(bench.statistics(data.calibration, spanning=spanning))
+    elif spanning is None:
+        layers = make(fit.merged(held))
+    else:
+        rest = bench.capture(spanning.open(bench.taps), judges, HELD_OUT)
+        layers = make(fit.merged(StatisticsStore.of(rest)))
     layers.part = make(fit, judge)
     return layers, layers.part
+
+
+def _only_exact(settings: Settings) -> bool:
+    """Whether no other shift is looked at than the exact one on all samples."""
+    return settings.tolerance == 0 and settings.stochastic is None
 
 
 def _enough(prepared: Prepared, heldout: Samples) -> Samples:

@@ -18,14 +18,15 @@ from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.report.progress import SILENT, Progress
-from onnx_optshift.run.candidate import Candidate, LayerFacts, Solved, while_held
+from onnx_optshift.run.candidate import Candidate, LayerFacts, Solved, facts_of, while_held
+from onnx_optshift.run.spanning import Spanning, representative
 from onnx_optshift.solve.finish import as_matrix, finished
 from onnx_optshift.solve.grid_rounding import Start, on_grid
 from onnx_optshift.solve.objective import Norm, Objective
 from onnx_optshift.solve.problem import ROUNDING_UNIT, Problem
 from onnx_optshift.solve.rounding_error import output_errors
 from onnx_optshift.solve.shift import Outcome, Shift, obstacle
-from onnx_optshift.solve.spectrum import Coordinates, Spectrum, factor
+from onnx_optshift.solve.spectrum import Spectrum, factor
 from onnx_optshift.solve.weighted_norm import Metric, balanced, measure
 from onnx_optshift.stats.moments import InputMoments
 
@@ -34,13 +35,10 @@ UNSEEN = "by the plain norm, as no linear weight before it moves its input"
 NO_SLOPES = "by the plain norm, as no sample that was looked at shows how earlier weights move its input"
 NONFINITE_SLOPES = "by the plain norm, as its input becomes NaN or infinite where earlier weights move"
 
-# Places along a layer's spectrum that the report shows, and the tolerances of its frontier.
-SPECTRUM_POINTS = 33
 # Directions, as a share of all, that a rank rises by from a part of the samples to all of them while it still grows.
 MORE_RANK = 0.01
 # Entries of a weight from which on its solver takes several threads.
 THREADED = 2**19
-FRONTIER = (0.0, 0.003, 0.01, 0.03, 0.1, 0.2)
 
 
 class Layers:
@@ -59,6 +57,7 @@ class Layers:
         judge: Moments of rows that did not fit the layers; None where there are none.
         grids: What the report shows rounding errors for.
         keep: Where new contents of initializers go; as they are, in memory, when not given.
+        spanning: Factorizations of taps that needed no more rows, where captures looked for these.
 
     Attributes:
         candidate: Shifts of all weights at one residual tolerance per layer, wave by wave.
@@ -79,6 +78,7 @@ class Layers:
         grids: Sequence[Grid] = (),
         keep: Callable[[NDArray[np.generic]], NDArray[np.generic]] = lambda array: array,
         progress: Progress = SILENT,
+        spanning: Spanning | None = None,
     ) -> None:
         self.weights = {weight.name: weight for weight in weights}
         self.store = store
@@ -92,8 +92,10 @@ class Layers:
         self._grids = tuple(grids)
         self._keep = keep
         self._progress = progress
+        self._spanning = spanning
         # Of the wave that is held. (moments it was made from, factorization): moments captured anew make it stale.
         self._spectra: dict[tuple[Tap, ...], tuple[InputMoments, Spectrum]] = {}
+        self._last: tuple[str, Problem] | None = None  # a layer is looked at and solved in a row
         self._metrics: dict[tuple[Tap, ...], tuple[Metric | None, str]] = {}
         self.candidate = while_held(self._candidate)
         # Solutions that had an objection: the search for a tolerance comes back to the same residuals.
@@ -145,7 +147,7 @@ class Layers:
             return _unmoved(Shift.unchanged(self.matrix(weight), blocked))
         original = self.problem(weight)
         problem = instead or original
-        coordinates = Coordinates.of(problem.spectrum, problem.matrix, problem.rounding_unit)
+        coordinates = problem.coordinates
         stuck = obstacle(coordinates)
         if stuck is not None:
             return _unmoved(Shift.unchanged(original.matrix, stuck, rank=coordinates.rank))
@@ -200,10 +202,14 @@ class Layers:
     def problem(self, weight: Weight) -> Problem:
         """The equation of one weight; notes its facts the first time."""
         spectrum = self.spectrum(weight)
+        if self._last is not None and self._last[0] == weight.name and self._last[1].spectrum is spectrum:
+            return self._last[1]
         metric, note = self._metric(weight, spectrum)
         problem = Problem(spectrum, self.matrix(weight), ROUNDING_UNIT[weight.dtype], metric, note)
+        self._last = (weight.name, problem)
         if weight.name not in self.facts:
-            self.facts[weight.name] = self._facts(weight, problem)
+            rows, whole = self.moments(weight).rows, self.representative(weight)
+            self.facts[weight.name] = facts_of(problem, self.objective, self._grids, rows, representative=whole)
         return problem
 
     def matrix(self, weight: Weight) -> torch.Tensor:
@@ -223,8 +229,16 @@ class Layers:
             for k in stale:
                 self._spectra.pop(k)
                 self._metrics.pop(k, None)
-            self._spectra[key] = (held[key[0]], factor(_stacked(held, weight)))
+            self._spectra[key] = (held[key[0]], self._stopped(weight) or factor(_stacked(held, weight)))
         return self._spectra[key][1]
+
+    def _stopped(self, weight: Weight) -> Spectrum | None:
+        """Factorization of a weight's rows where the capture ended with them, as they span; None elsewhere."""
+        if self._spanning is None or len(weight.uses) > 1:
+            return None
+        tap = weight.uses[0].tap
+        moments, spectrum = self._spanning.spectra.get(tap, (None, None))
+        return spectrum if moments is self.store.load(self._wave(weight))[tap] else None
 
     def _solve(self, weight: Weight, problem: Problem, residual: float) -> Solved:
         shift = self.objective.solve(problem, residual)
@@ -235,24 +249,9 @@ class Layers:
             self._objections[weight.name, residual] = solved
         return solved
 
-    def _facts(self, weight: Weight, problem: Problem) -> LayerFacts:
-        coordinates = Coordinates.of(problem.spectrum, problem.matrix, problem.rounding_unit)
-        original = Shift.unchanged(problem.matrix, Outcome.ALREADY_MINIMAL)
-        values = problem.spectrum.eigenvalues.mean(0).clamp_min(0).sqrt().cpu()
-        values = torch.nn.functional.pad(values, (0, weight.d - len(values)))
-        places = np.unique(np.linspace(0, weight.d - 1, min(SPECTRUM_POINTS, weight.d)).round().astype(int))
-        largest = float(values[0]) or 1.0
-        return LayerFacts(
-            self.moments(weight).rows,
-            coordinates.rank,
-            coordinates.free,
-            original.norm_before,
-            original.range_before,
-            self.objective.measure(problem, problem.matrix),
-            tuple(self.objective.frontier(problem, FRONTIER)),
-            tuple(float(values[place]) / largest for place in places),
-            output_errors(problem.spectrum, problem.matrix, problem.matrix, self._grids),
-        )
+    def representative(self, weight: Weight) -> bool:
+        """Whether the rows say what all rows would: they are all, or were many when the capture ended."""
+        return self._stopped(weight) is None or representative(self.moments(weight))
 
     def blocked(self, weight: Weight) -> Outcome | None:
         """Why there is no equation to solve."""

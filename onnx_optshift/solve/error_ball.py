@@ -33,27 +33,17 @@ class BallPath:
     solution V*, so that the same ball serves with `scale = ‖Z‖_F` and `floor = ‖A'V* - Z‖_F / ‖Z‖_F`.
 
     Args:
-        spectrum: Eigenbasis of the rows.
-        center: V (or V*) `[g, d, m]`.
-        rounding_unit: Of the dtype in which the weight is stored.
+        coordinates: V (or V*) in the eigenbasis of the rows.
         floor: Residual of the centre itself, relative to `scale`; no solution goes below it.
         scale: What residuals are relative to; ‖A V‖_F when not given.
     """
 
-    def __init__(
-        self,
-        spectrum: Spectrum,
-        center: Tensor,
-        rounding_unit: float,
-        *,
-        floor: float = 0.0,
-        scale: float | None = None,
-    ) -> None:
-        self._coordinates = Coordinates.of(spectrum, center, rounding_unit)
+    def __init__(self, coordinates: Coordinates, *, floor: float = 0.0, scale: float | None = None) -> None:
+        self._coordinates = coordinates
         self._floor = floor
         self._scale = math.sqrt(self._coordinates.total) if scale is None else scale
         self._kept = self._coordinates.kept
-        self._eigenvalues = spectrum.eigenvalues[self._kept]
+        self._eigenvalues = coordinates.spectrum.eigenvalues[self._kept]
         self._energies = self._coordinates.energies[self._kept]
 
     def at(self, tolerance: float) -> Shift:
@@ -124,7 +114,7 @@ def solve(spectrum: Spectrum, matrix: Tensor, tolerance: float, rounding_unit: f
         tolerance: ε = ‖A(W - V)‖_F / ‖AV‖_F, at most.
         rounding_unit: Of the dtype in which the weight is stored.
     """
-    return BallPath(spectrum, matrix, rounding_unit).at(tolerance)
+    return BallPath(Coordinates.of(spectrum, matrix, rounding_unit)).at(tolerance)
 
 
 def secular_root(eigenvalues: Tensor, energies: Tensor, radius: float) -> tuple[float, int]:

@@ -33,7 +33,7 @@ from onnx_optshift.solve.grid_point import GridPoint, granularity_of, nearest_po
 from onnx_optshift.solve.problem import Problem
 from onnx_optshift.solve.quant_range import narrowest
 from onnx_optshift.solve.shift import obstacle
-from onnx_optshift.solve.spectrum import Coordinates, Spectrum
+from onnx_optshift.solve.spectrum import Spectrum
 
 # Of the mean diagonal of H. GPTQ's usual 0.01 served held-out rows up to 9 % worse where rows were few.
 DAMPING = 0.1
@@ -89,7 +89,7 @@ def on_grid(problem: Problem, grid: Grid, start: Start) -> Tensor:
 
 def narrowed(problem: Problem, grid: Grid, residual: float) -> Tensor:
     """A start for rounding `[g, d, m]`: narrow within a residual; V itself where that leaves no room."""
-    coordinates = Coordinates.of(problem.spectrum, problem.matrix, problem.rounding_unit)
+    coordinates = problem.coordinates
     if residual <= problem.rounding_unit or obstacle(coordinates) is not None:
         return problem.matrix
     return narrowest(coordinates, residual, granularity_of(grid), gap=START_GAP).matrix

@@ -71,7 +71,7 @@ class Norm:
 
     def solve(self, problem: Problem, tolerance: float) -> Shift:
         """See `error_ball`."""
-        return BallPath(problem.spectrum, problem.matrix, problem.rounding_unit).at(tolerance)
+        return BallPath(problem.coordinates).at(tolerance)
 
     def residuals(self, tolerance: float) -> Iterator[float]:
         """The tolerance alone: every solution is smaller."""
@@ -88,7 +88,7 @@ class Norm:
 
     def frontier(self, problem: Problem, tolerances: Sequence[float]) -> list[Point]:
         """From the one factorization."""
-        return BallPath(problem.spectrum, problem.matrix, problem.rounding_unit).frontier(tolerances)
+        return BallPath(problem.coordinates).frontier(tolerances)
 
 
 class Curvature(Norm):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
-from onnx_optshift.solve.spectrum import Spectrum, relative_residual
+from onnx_optshift.solve.spectrum import Coordinates, Spectrum, relative_residual
 from onnx_optshift.solve.weighted_norm import Metric
 
 # Half the distance from 1 to the next number: the largest relative error of rounding to the dtype.
@@ -30,6 +31,11 @@ class Problem:
     rounding_unit: float
     metric: Metric | None = None
     note: str = ""
+
+    @cached_property
+    def coordinates(self) -> Coordinates:
+        """V in the eigenbasis, with the rank decided."""
+        return Coordinates.of(self.spectrum, self.matrix, self.rounding_unit)
 
     def residual(self, matrix: Tensor) -> float:
         """‖A(W - V)‖_F / ‖A V‖_F of a matrix W `[g, d, m]`."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from onnx_optshift.solve.error_ball import BallPath
 from onnx_optshift.solve.shift import Shift
-from onnx_optshift.solve.spectrum import Spectrum
+from onnx_optshift.solve.spectrum import Coordinates, Spectrum
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def solve(metric: Metric, matrix: Tensor, tolerance: float, rounding_unit: float
         The shift. Its norms and ranges are the plain ones of V and W, so that they may come out larger.
     """
     matrix = matrix.to(metric.lower)
-    found = BallPath(metric.weighted, metric.seen(matrix), rounding_unit).at(tolerance)
+    found = BallPath(Coordinates.of(metric.weighted, metric.seen(matrix), rounding_unit)).at(tolerance)
     before = Shift.unchanged(matrix, found.outcome, rank=found.rank, residual=found.predicted_residual)
     if not found.outcome.moved:
         return before
