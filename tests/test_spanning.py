@@ -15,6 +15,7 @@ from onnx_optshift.graph.discover import discover
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.selection import Selection
 from onnx_optshift.run.bench import Bench
+from onnx_optshift.run.sessions import Sessions
 from onnx_optshift.run.spanning import REPRESENTATIVE, Spanning
 from onnx_optshift.stats.moments import InputMoments
 
@@ -111,3 +112,19 @@ def test_captures_after_one_another_know_nothing_of_each_other():
     moments = bench.capture(bench.taps, part, spanning=spanning)
     assert [tap.value for tap in spanning.open(bench.taps)] == ["z"]
     assert {tap.value: count.rows for tap, count in moments.items()}["z"] == SAMPLES
+
+
+def test_captures_in_a_row_share_a_session_and_nothing_else_keeps_it(monkeypatch):
+    opened = []
+    original = Sessions.open
+    monkeypatch.setattr(Sessions, "open", lambda self, *a, **k: opened.append(1) or original(self, *a, **k))
+    model = ModelFile.load(tiny.model(TEXT, TENSORS))
+    bench = Bench.open(model, discover(model, Selection())[0], resolve_device("cpu"), batch_size=BATCH)
+    samples = load([data()], [InputSpec(spec.name, spec.dtype, spec.shape) for spec in model.inputs])
+    both = bench.capture(bench.taps, samples)
+    one = bench.capture(bench.taps[:1], samples)
+    assert len(opened) == 1
+    torch.testing.assert_close(one[bench.taps[0]].gram(), both[bench.taps[0]].gram(), rtol=0, atol=0)
+    bench.sessions.original()  # negative control: one probe and one other are what was planned for
+    bench.capture(bench.taps, samples)
+    assert len(opened) == 3

@@ -122,9 +122,9 @@ class Bench:
             rows[tap] = max(1, moments.rows // len(batch.indices))
 
         (first,) = samples.select(np.arange(1)).batches(1)
+        outputs = self.sessions.original().run(first.feeds)
         if self.taps:
             stream(self.sessions.probe(self.taps), self.taps, [first], sink)
-        outputs = self.sessions.original().run(first.feeds)
         self.sessions.rest()
         return Costs(
             external=self.sessions.external,

@@ -38,6 +38,7 @@ class Sessions:
         self._device = device
         self._custom_op_library = custom_op_library
         self._kept: dict[tuple[str, ...], Session] = {}
+        self._probe: tuple[frozenset[str], Session] | None = None  # the last one, with the values that it gives
         self._store = MappedStore()
         self.external = sum(raw_size(tensor) for tensor in all_tensors(model.proto) if is_external(tensor))  # bytes
         self.large = self.external >= LARGE_MODEL  # one session at a time, and weights stay in their file
@@ -48,6 +49,7 @@ class Sessions:
         Raises:
             InputError: ONNX Runtime cannot load it.
         """
+        self._probe = None  # or one session more than was planned for would be open
         if self.large:
             self.rest()
             options = {"prepack": False, **options}
@@ -80,8 +82,14 @@ class Sessions:
         return self._kept.get(key) or self._kept_or_open(key, probe_model(self._model, (), key))
 
     def probe(self, taps: Sequence[Tap], overridable: Sequence[str] = ()) -> Session:
-        """The original model with the values of these taps as outputs."""
-        return self.open(probe_model(self._model, taps, overridable))
+        """The original model with the values of these taps as outputs; kept until another session is opened."""
+        values = frozenset(tap.value for tap in taps)
+        if self._probe is not None and not overridable and values <= self._probe[0]:
+            return self._probe[1]
+        session = self.open(probe_model(self._model, taps, overridable))
+        if not (self.large or overridable):
+            self._probe = (values, session)
+        return session
 
     def keep(self, array: NDArray[Any]) -> NDArray[Any]:
         """An array of the size of weights or outputs, to be held for long: in a file where the model is large."""
