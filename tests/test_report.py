@@ -433,3 +433,11 @@ def test_mean_change_is_geometric_and_leaves_out_what_has_no_logarithm():
 
 def test_trials_without_a_finite_loss_are_still_listed():
     assert "not a number" in words(report(heldout_result=heldout(trial(loss=float("nan")), trial())))
+
+
+def test_what_was_never_judged_is_not_called_rejected():
+    refused = trial(accepted=False, reason="held-out loss rises")
+    for tried, word in (((), "Nothing was judged"), ((refused,), "Rejected: the model keeps its weights")):
+        shown = words(report(heldout_result=replace(heldout(*tried), accepted=False)))
+        assert word in shown
+        assert ("Rejected" in shown) == bool(tried)

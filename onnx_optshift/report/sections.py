@@ -203,8 +203,8 @@ def _rank(layer: LayerReport) -> Cell:
 
 
 def _frontier(report: Report) -> Section | None:
-    """The objective's own path: per residual tolerance, what is left of its figure, over the layers that have one."""
-    paths = [layer.frontier for layer in candidates(report) if layer.headline and layer.frontier]
+    """The objective's own path: per residual tolerance, what is left of its figure; none unless all layers have one."""
+    paths = [layer.frontier for layer in candidates(report) if layer.headline]
     rows: list[list[Cell]] = []
     for column in zip(*paths, strict=False):
         ratios = [point.norm_ratio for point in column if point.norm_ratio is not None and finite(point.norm_ratio)]

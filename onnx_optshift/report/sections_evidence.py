@@ -68,6 +68,8 @@ def heldout(report: Report) -> Section | None:
 
 def _decided(result: HeldoutResult) -> str:
     """What was judged, and where that was not the float model, what the change costs there."""
+    if not result.accepted and not result.tried:
+        return "Nothing was judged: no layer had a shift to offer."
     if not result.accepted:
         return "Rejected: the model keeps its weights."
     if not result.quantized:
