@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parsed(words)
         args.command_line = shlex.join(["python", "-m", "onnx_optshift", *words])
-        check_places(None, args.report, _reads(args), force=False)
+        check_places(None, args.report, _reads(args), force=False, checkpoint=args.settings.checkpoint)
         with _quiet_libraries(args.log_level, verbose=args.verbose):
             _COMMANDS[args.command](args)
     except SystemExit as stop:

@@ -157,6 +157,8 @@ def _resources(add: _Add) -> None:
     add(_ALL, "--batch-size", "samples per run of the model (default: chosen by memory)", **_N)
     text = "what the process may take at its peak, in bytes or as 512M, 2G (powers of 1024)"
     add(_ALL, "--max-memory", text, type=_size, metavar="SIZE")
+    text = "folder to keep finished work in: after a kill the same command goes on where it was, to the same bytes"
+    add(_SOLVED, "--checkpoint", text, type=_source, metavar="DIR")
     add(_ALL, "--seed", "seed of all random choices (default 0)", **_N)
     add(_ALL, "--custom-op-library", "shared library with the model's custom operators", metavar="FILE")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -85,6 +86,8 @@ class Settings:
             `"none"` uses all rows.
         flatness: Random directions for each layer with which the loss's curvature is measured before and after; None,
             the default, measures none, as it takes three runs of the data for each.
+        checkpoint: Folder that finished statistics and solutions are kept in, so that a run that was killed goes on
+            where it was and gives the same bytes; made where it is missing. None, the default, keeps nothing.
         max_drift: For a comparison of two models: the largest share of a layer's output that the shift may change for
             nine in ten samples; None, the default, reports it only.
 
@@ -121,6 +124,7 @@ class Settings:
     row_weighting: str = "relative"
     row_mask: str = "auto"
     flatness: int | None = None
+    checkpoint: str | None = None
     max_drift: float | None = None
 
     def __post_init__(self) -> None:
@@ -139,6 +143,8 @@ class Settings:
             # The one way to normalise a field of a frozen dataclass while it is being made.
             object.__setattr__(self, field.name, value)
         object.__setattr__(self, "tolerance", _tolerance(self.tolerance))
+        if self.checkpoint is not None:
+            object.__setattr__(self, "checkpoint", _path("checkpoint", self.checkpoint))
         if self.stochastic is not None and self.tolerance != 0:
             raise InputError(
                 f"stochastic and tolerance {self.tolerance} contradict each other: the stochastic form is exact on its "
@@ -226,12 +232,19 @@ class Choices(TypedDict, total=False):
     row_weighting: Literal["relative", "none"]
     row_mask: str
     flatness: int | None
+    checkpoint: str | os.PathLike[str] | None
     max_drift: float | None
 
 
 def _in_range(value: object, least: float, most: float) -> TypeGuard[float]:
     """Whether something is a number in this range, which NaN is not."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and least <= float(value) <= most
+
+
+def _path(name: str, value: object) -> str:
+    if isinstance(value, (str, os.PathLike)) and isinstance(path := os.fspath(value), str) and path:
+        return path
+    raise InputError(f"{name}: expected a path, found {value!r}.")
 
 
 def _tolerance(value: object) -> float | Literal["auto"]:

@@ -195,7 +195,7 @@ def test_without_locks_nothing_is_swept(tmp_path, monkeypatch):
 
 @posix
 def test_a_sweep_that_comes_before_the_lock(tmp_path, monkeypatch):
-    lock, swept = atomic._lock, []
+    lock, swept = atomic.lock, []
 
     def late(file, *, wait):
         if wait and not swept:
@@ -205,7 +205,7 @@ def test_a_sweep_that_comes_before_the_lock(tmp_path, monkeypatch):
                 atomic.remove(swept[0])
         lock(file, wait=wait)
 
-    monkeypatch.setattr(atomic, "_lock", late)
+    monkeypatch.setattr(atomic, "lock", late)
     work = unfinished(tmp_path / "out.onnx")
     assert work._record not in swept
     assert work._record.exists()

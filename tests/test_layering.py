@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "onnx_optshift"
 ROWS = [
     ["errors"],
     ["journal"],
-    ["geometry", "report.diagnosis", "report.progress", "write.atomic"],
+    ["geometry", "report.diagnosis", "report.progress", "tensorfile", "write.atomic"],
     ["report", "settings", "isolation", "completion"],
     ["options"],
     ["graph", "calibration", "stats", "quantize"],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from onnx_optshift.capture.statistics import StatisticsStore
+from onnx_optshift.capture.statistics import StatisticsStore, from_state
 from onnx_optshift.geometry import MatrixRows, Tap
 from onnx_optshift.stats.moments import InputMoments
 
@@ -81,7 +81,7 @@ def test_states_come_back_from_a_file_and_go_on(count):
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    back = StatisticsStore.from_state(TAPS, torch.load(file, weights_only=True))
+    back = from_state(TAPS, torch.load(file, weights_only=True))
     for tap in TAPS:
         assert equal(back[tap], moments(tap, count))
         more = moments(tap, 6, 2)
@@ -90,7 +90,7 @@ def test_states_come_back_from_a_file_and_go_on(count):
         back[tap].update(torch.ones(1, 9, 4))
         assert equal(store.load(0)[tap], moments(tap, count))  # nothing is shared
     with pytest.raises(KeyError, match="other"):
-        StatisticsStore.from_state([Tap("other", MatrixRows(), 1, 4)], state)
+        from_state([Tap("other", MatrixRows(), 1, 4)], state)
 
 
 def test_a_store_of_finished_moments_captures_nothing():

@@ -26,6 +26,7 @@ from onnx_optshift.calibration.checks import UNNAMED, Entries, Entry
 from onnx_optshift.calibration.inputs import InputSpec, describe, why_feeds
 from onnx_optshift.calibration.source import Array, Feeds
 from onnx_optshift.errors import InputError, closest
+from onnx_optshift.tensorfile import views
 
 # Rows of a file larger than this are read in pieces of about as many bytes.
 PIECE_BYTES = 1 << 24
@@ -36,10 +37,6 @@ _KINDS = (
     "those, a Polygraphy JSON file or folder, or script.py[:function]"
 )
 _NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-_SAFETENSORS = (
-    {"BOOL": "?", "U8": "<u1", "I8": "<i1", "U16": "<u2", "I16": "<i2", "U32": "<u4", "I32": "<i4", "U64": "<u8"}
-    | {"I64": "<i8", "F16": "<f2", "F32": "<f4", "F64": "<f8", "BF16": "V2"}
-)  # fmt: skip
 
 
 def path_entries(path: Path, inputs: Sequence[InputSpec], *, lazy: bool = False) -> Entries:
@@ -177,17 +174,7 @@ def _member(loaded: Any, name: str, file: IO[bytes]) -> Any:
 
 
 def _safetensors(path: Path, mapped: bool) -> Feeds:
-    data = np.memmap(path, np.uint8, "r") if mapped else np.fromfile(path, np.uint8)
-    begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    if len(data) < begin:
-        raise ValueError("it is cut short")
-    header = json.loads(data[8:begin].tobytes())
-    header.pop("__metadata__", None)
-    found: Feeds = {}
-    for name, tensor in header.items():
-        start, stop = (begin + offset for offset in tensor["data_offsets"])
-        found[name] = data[start:stop].view(_SAFETENSORS[tensor["dtype"]]).reshape(tensor["shape"])
-    return found
+    return views(np.memmap(path, np.uint8, "r") if mapped else np.fromfile(path, np.uint8))
 
 
 def _json(path: Path) -> list[Feeds]:

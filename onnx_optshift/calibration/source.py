@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,13 @@ class Samples:
         A stacked row counts as the feed of leading dimension 1 that it would be. A sample is read once for all views.
         """
         return hashlib.sha256(b"samples, version 2\n" + b"".join(full for _, full in self._digested())).hexdigest()
+
+    @property
+    def arrangement(self) -> str:
+        """What besides the batch size decides which samples are run together, and at which positions they count."""
+        stretches = [(part.stacked, len(rows)) for part, rows, _ in self._stretches()]
+        runs = [(kind, sum(n for _, n in run)) for kind, run in groupby(stretches, key=lambda stretch: stretch[0])]
+        return f"batch {self._batch}, mask {self._mask!r}, stacked {runs}"
 
     @property
     def distinct(self) -> int:

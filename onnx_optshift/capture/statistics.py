@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from onnx_optshift.geometry import Tap
@@ -77,17 +78,27 @@ class StatisticsStore:
 
     def state(self, wave: int) -> dict[str, Tensor]:
         """Moments of one wave as tensors by `tap.key/field`, to be saved or sent."""
-        return {
-            f"{tap.key}/{field}": tensor
-            for tap, moments in self.load(wave).items()
-            for field, tensor in moments.state().items()
-        }
+        return state_of(self.load(wave))
 
-    @staticmethod
-    def from_state(taps: Sequence[Tap], state: Mapping[str, Tensor]) -> dict[Tap, InputMoments]:
-        """Moments of these taps from what `state` gave; a KeyError with the tap's key where one is not in it."""
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, tensor in state.items():
-            key, _, field = name.rpartition("/")
-            parts.setdefault(key, {})[field] = tensor
-        return {tap: InputMoments.from_state(parts[tap.key]) for tap in taps}
+
+def state_of(moments: Moments) -> dict[str, Tensor]:
+    """Moments as tensors by `tap.key/field`."""
+    return {f"{tap.key}/{field}": tensor for tap, found in moments.items() for field, tensor in found.state().items()}
+
+
+def from_state(
+    taps: Sequence[Tap],
+    state: Mapping[str, Tensor],
+    device: str | torch.device | None = None,
+    products: torch.dtype = torch.float64,
+) -> dict[Tap, InputMoments]:
+    """Moments of these taps from what `state_of` gave, as `InputMoments.from_state` makes them.
+
+    Raises:
+        KeyError: One is not in it; with its key.
+    """
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        key, _, field = name.rpartition("/")
+        parts.setdefault(key, {})[field] = tensor
+    return {tap: InputMoments.from_state(parts[tap.key], device, products) for tap in taps}

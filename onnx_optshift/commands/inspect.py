@@ -40,6 +40,7 @@ def inspect(
             decision = Decision(layers.candidate(0.0), Promise(0.0, "noise", data.calibration))
         found = replace(found, layers=layers, decision=decision)
     report = build_report(found, clock, summary="")
+    prepared.bench.checkpoint.finish()
     return replace(report, summary=_summary(report.layers), next_step=next_step(report, found.layers))
 
 

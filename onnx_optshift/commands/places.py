@@ -13,15 +13,27 @@ from onnx_optshift.write.atomic import system_errors
 _MODEL_START = b"\x08"
 
 
-def check_places(out: Path | None, reports: Sequence[Path], reads: Iterable[object], *, force: bool) -> None:
+def check_places(
+    out: Path | None,
+    reports: Sequence[Path],
+    reads: Iterable[object],
+    *,
+    force: bool,
+    checkpoint: str | None = None,
+) -> None:
     """Refuses files to be written that would cost the user something.
 
     The run reads `reads` besides the model itself, which OUT may replace: paths, scripts with `:function`, folders, and
-    other things that are no files. With `force` a file that is no ONNX model may be replaced.
+    other things that are no files. With `force` a file that is no ONNX model may be replaced. The folder `checkpoint`
+    may be removed at any time, so that nothing else may lie in it.
 
     Raises:
-        InputError: OUT or a report is one of these, or two of them are one file.
+        InputError: OUT or a report is one of these, or two of them are one file; or a folder holds both a checkpoint
+            and one of these.
     """
+    reads = list(reads)
+    if checkpoint is not None:
+        _check_apart(Path(checkpoint), ([out] if out is not None else []) + list(reports), reads)
     files = [path for path in reports if str(path) != "-"]
     for path in ([out] if out is not None else []) + files:
         used = next((source for source in reads if _same(path, source)), None)
@@ -38,6 +50,23 @@ def check_places(out: Path | None, reports: Sequence[Path], reads: Iterable[obje
             f"{out}: exists and is no ONNX model. Was OUT left out, or a file named twice? Choose another output path, "
             "or replace it with --force."
         )
+
+
+def _check_apart(folder: Path, writes: Iterable[Path], reads: Iterable[object]) -> None:
+    here = folder.resolve()
+    for path in writes:
+        if here in {path.resolve(), *path.resolve().parents}:
+            raise InputError(
+                f"--checkpoint {folder}: {path} would lie in it, and a checkpoint may be removed at any time. Give it "
+                "a folder of its own."
+            )
+    for source in reads:
+        place = Path(source) if isinstance(source, (str, PathLike)) else None
+        if place is not None and place.is_dir() and place.resolve() in {here, *here.parents}:
+            raise InputError(
+                f"--checkpoint {folder}: this run reads the folder {place} that it would lie in. Give it a folder of "
+                "its own."
+            )
 
 
 def _same(path: Path, source: object) -> bool:

@@ -83,7 +83,7 @@ def run(
     with progress.stage("preparation"):
         prepared = prepare(model, settings, calibration, heldout, make_up=True, progress=progress)
     reads = [*prepared.reads, *prepared.model.data_files, settings.custom_op_library]
-    check_places(output, reports, reads, force=settings.force)
+    check_places(output, reports, reads, force=settings.force, checkpoint=settings.checkpoint)
     off = (GATE_OFF,) if judges_nothing(heldout) and prepared.data is not None else ()
     with ExitStack() as stack:
         target = output or _hidden(stack, prepared)
@@ -107,6 +107,7 @@ def run(
             found = replace(found, decision=decided, sha256=sha256, verification=proof, output=output)
             report = _report(found, clock, off, few)
             written.commit()
+        prepared.bench.checkpoint.finish()
         result = Result(report, target)
         weakref.finalize(result, stack.pop_all().close)  # a temporary file lives as long as the result
         return result

@@ -96,6 +96,7 @@ def build_report(findings: Findings, clock: Clock, **rest: Any) -> schema.Report
         verification=findings.verification,
         heldout_result=_heldout(findings),
         quantization=_quantization(findings),
+        checkpoint=prepared.bench.checkpoint.report(),
         timing=clock.timing(),
         peak_memory_bytes=peak_memory(),
         decisions=(*prepared.notes, *(decision.notes if decision else ())),

@@ -231,6 +231,17 @@ class Timing:
     judge: float = 0.0  # part of `solve`: runs of the model for verdicts of held-out data
 
 
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """What a run took from the checkpoint's folder and put there; None where none was asked for."""
+
+    folder: str
+    used: int  # entries of former runs: finished statistics and solutions, and passes that were begun
+    saved: int  # entries that this run has added
+    rejected: tuple[str, ...] = ()  # what else lies there and was not used, each with the reason
+    failed: str | None = None  # why no more was saved, where the system refused
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Report:
     """Everything that a run found, decided and measured. Fields as in the JSON report."""
@@ -250,6 +261,7 @@ class Report:
     flatness: FlatnessReport | None = None
     collapse: Diagnosis | None = None
     drift: Drift | None = None
+    checkpoint: CheckpointInfo | None = None
     timing: Timing
     peak_memory_bytes: int | None = None
     warnings: tuple[str, ...] = ()  # for the user to act on

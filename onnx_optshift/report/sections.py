@@ -25,7 +25,7 @@ from onnx_optshift.report.figures import (
     percent,
     share_change,
 )
-from onnx_optshift.report.model import DataInfo, LayerReport, Report
+from onnx_optshift.report.model import CheckpointInfo, DataInfo, LayerReport, Report
 from onnx_optshift.report.section import Fact, Facts, Note, Section, Table, explained, marks
 from onnx_optshift.report.sections_diagnose import conditions, features, flatness, ranks
 from onnx_optshift.report.sections_evidence import drift, heldout, outputs, quantization, worst_output
@@ -228,6 +228,7 @@ def _run(report: Report) -> Section:
         Fact("device", device.note or f"{device.capture}, {device.solve}"),
         *_data("calibration", report.calibration),
         *(_data("held-out", report.heldout) if report.heldout else []),
+        *([_checkpoint(report.checkpoint)] if report.checkpoint else []),
         Fact("time", f"{timing.total:.1f} s", stages),
         Fact("peak memory", f"{memory / 2**20:.0f} MiB" if memory else None),
     ]
@@ -238,6 +239,15 @@ def _run(report: Report) -> Section:
     to_repeat = Facts(_listed(asdict(report.model) | digests | asdict(report.tool)), "To repeat it", detail=True)
     settings = Facts(_listed(report.settings), "Settings", detail=True)
     return Section("run", "This run", [Facts(rows), to_repeat, settings])
+
+
+def _checkpoint(found: CheckpointInfo) -> Fact:
+    """What was taken from former runs, and what of them was not used, with the reason."""
+    taken = (
+        f"{found.used} finished or begun parts of the work taken from {found.folder}" if found.used else "nothing taken"
+    )
+    said = [f"not used: {'; '.join(found.rejected)}"] if found.rejected else []
+    return Fact("checkpoint", f"{taken}, {found.saved} added", "; ".join([*said, found.failed or ""]).rstrip("; "))
 
 
 def _data(label: str, data: DataInfo | None) -> list[Fact]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,11 +21,13 @@ from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.graph.weights import Skip, Weight
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.budget import DEFAULT_BATCH_SIZE, KEPT_OUTPUT_BYTES, Costs
+from onnx_optshift.run.checkpoint import Checkpoint, Pass, content, digest
 from onnx_optshift.run.outputs import Outputs
 from onnx_optshift.run.sessions import Sessions
 from onnx_optshift.run.spanning import Spanning
 from onnx_optshift.stats.moments import InputMoments
-from onnx_optshift.stats.rows import Weigh, observe
+from onnx_optshift.stats.row_weights import RowRule
+from onnx_optshift.stats.rows import observe
 
 UNSTACKABLE = (
     "its input inside a Loop or Scan cannot be stacked over the iterations: "
@@ -45,9 +48,10 @@ class Bench:
     progress: Progress = SILENT  # where long passes report to
     waves: tuple[tuple[Tap, ...], ...] = ()  # taps that are captured and solved together: all, unless stated
     rows: Mapping[Tap, int] = field(default_factory=dict)  # that one sample gives each tap, where that was measured
-    rules: Mapping[str, Weigh] = field(default_factory=dict)  # how rows are weighed, by the name that taps give
+    rules: Mapping[str, RowRule] = field(default_factory=dict)  # how rows are weighed, by the name that taps give
     products: torch.dtype = torch.float64  # in which products of rows are taken
     every: Mapping[Tap, int] = field(default_factory=dict)  # of so many patches one is taken; all where not given
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)  # what former runs have finished
 
     def __post_init__(self) -> None:
         if self.weights and not self.waves:
@@ -84,20 +88,46 @@ class Bench:
     def statistics(self, samples: Samples, stage: str = "capture", spanning: Spanning | None = None) -> StatisticsStore:
         """Moments of every tap over these samples, or until they span; captured when a wave is loaded."""
         rows = {tap: count * len(samples) for tap, count in self.rows.items()}
-        return StatisticsStore(self.waves, lambda taps: self.capture(taps, samples, stage, spanning), rows)
+        return StatisticsStore(self.waves, lambda taps: self.moments(taps, samples, stage, spanning), rows)
 
-    def capture(
+    def moments(
         self, taps: Sequence[Tap], samples: Samples, stage: str = "capture", spanning: Spanning | None = None
-    ) -> dict[Tap, InputMoments]:
-        """Moments of these taps, in one streaming pass over the original model; where asked, until they span."""
+    ) -> Mapping[Tap, InputMoments]:
+        """As `capture` gives them; from the checkpoint as far as that has them."""
         if not taps:
             return {}
+        return self.checkpoint.moments(
+            lambda: digest(self.key(taps, samples), "" if spanning is None else spanning.key),
+            taps,
+            lambda begun: self.capture(taps, samples, stage, spanning, begun),
+            self.device.solve,
+            self.products,
+            spanning,
+        )
+
+    def capture(
+        self,
+        taps: Sequence[Tap],
+        samples: Samples,
+        stage: str = "capture",
+        spanning: Spanning | None = None,
+        begun: Pass | None = None,
+    ) -> dict[Tap, InputMoments]:
+        """Moments of these taps, in one streaming pass over the original model; where asked, until they span.
+
+        A pass that was begun goes on.
+        """
+        begun = begun or Pass()
         moments = {tap: InputMoments(tap.groups, tap.width, self.device.solve, self.products) for tap in taps}
-        session = self.sessions.probe(taps)
+        moments.update(begun.moments)
         wanted = None
         if spanning is not None:
-            spanning.begin()
             wanted = partial(spanning.wanted, moments)
+            if not begun.done:
+                spanning.begin()
+            elif not (taps := wanted()):
+                return moments
+        session = self.sessions.probe(tuple(moments))
 
         def sink(tap: Tap, batch: Batch, activation: torch.Tensor) -> None:
             # Each batch takes other patches than the last one: where on an image something is seen may matter.
@@ -105,10 +135,25 @@ class Bench:
             observe(moments[tap], tap, activation, rule, every=self.every.get(tap, 1), phase=phase)
 
         with self.progress.stage(stage, len(samples)) as advance:
-            stream(session, taps, samples.batches(self.batch_size), sink, done=advance, wanted=wanted)
+
+            def done(rows: int) -> None:
+                begun.added(moments)
+                advance(rows)
+
+            batches = samples.batches(self.batch_size)
+            for batch in islice(batches, begun.done):
+                advance(batch.rows)
+            stream(session, taps, batches, sink, done=done, wanted=wanted)
         del session  # before what it has freed is given back
         self.sessions.rest()
         return moments
+
+    def key(self, taps: Sequence[Tap], samples: Samples) -> str:
+        """All that moments depend on besides the model, the place and the versions."""
+        how = f"{self.batch_size} samples a batch, products in {self.products}"
+        each = (f"{tap.key}, one of {self.every.get(tap, 1)}" for tap in taps)
+        rules = (content(self.rules[tap.weighed].root) for tap in taps if tap.weighed in self.rules)
+        return digest(samples.fingerprint, samples.arrangement, how, *each, *rules)
 
     def costs(self, samples: Samples, *, parts: int = 1, metric: bool = False) -> Costs:
         """What a plan for these samples is made from, by one run of the first."""

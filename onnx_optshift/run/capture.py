@@ -84,7 +84,7 @@ def captured(
     elif spanning is None:
         layers = make(fit.merged(held))
     else:
-        rest = bench.capture(spanning.open(bench.taps), judges, HELD_OUT)
+        rest = bench.moments(spanning.open(bench.taps), judges, HELD_OUT)
         layers = make(fit.merged(StatisticsStore.of(rest)))
     layers.part = make(fit, judge)
     return layers, layers.part

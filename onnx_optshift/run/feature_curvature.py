@@ -10,7 +10,7 @@ Cost: two runs of the thinned samples for each probe, and two copies of all weig
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from onnx_optshift.graph.selection import Selection
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.candidate import Arrays
+from onnx_optshift.run.checkpoint import Pass, digest
 from onnx_optshift.solve.problem import ROUNDING_UNIT
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.rows import observe
@@ -46,16 +47,32 @@ def feature_curvature(bench: Bench, samples: Samples, *, probes: int = PROBES, s
     """
     sources, _ = discover(bench.model, Selection())
     few = thinned(samples, MOST_SAMPLES, seed)
-    return StatisticsStore(bench.waves, lambda taps: _slopes(bench, taps, few, sources, probes, seed))
+
+    def moments(taps: Sequence[Tap]) -> Mapping[Tap, InputMoments]:
+        return bench.checkpoint.moments(
+            lambda: digest(f"{probes} probes, seed {seed}", bench.key(taps, few)),
+            taps,
+            lambda begun: _slopes(bench, taps, few, sources, probes, seed, begun),
+            bench.device.solve,
+        )
+
+    return StatisticsStore(bench.waves, moments)
 
 
 def _slopes(
-    bench: Bench, taps: Sequence[Tap], samples: Samples, sources: Sequence[Weight], probes: int, seed: int
+    bench: Bench,
+    taps: Sequence[Tap],
+    samples: Samples,
+    sources: Sequence[Weight],
+    probes: int,
+    seed: int,
+    begun: Pass,
 ) -> dict[Tap, InputMoments]:
     centers = {weight.name: bench.model.initializer(weight.name) for weight in sources}
     step = _step(sources, centers)
     session = bench.sessions.probe(taps, list(centers))
     moments = {tap: InputMoments(tap.groups, tap.width, bench.device.solve) for tap in taps}
+    moments.update(begun.moments)
     above: dict[str, torch.Tensor] = {}
 
     def keep(tap: Tap, _: Batch, activation: torch.Tensor) -> None:
@@ -69,12 +86,14 @@ def _slopes(
         observe(moments[tap], tap, (above[tap.value].to(wide) - activation.to(wide)) / (2 * step))
 
     with bench.progress.stage("curvature", probes * len(samples)) as advance:
-        for probe in range(probes):
+        advance(begun.done * len(samples))
+        for probe in range(begun.done, probes):
             up, down = _sides(centers, step, np.random.default_rng([seed, probe]))
             for batch in samples.batches(bench.batch_size):
                 above.clear()
                 stream(session, taps, [batch], keep, overrides=up)
                 stream(session, taps, [batch], join, overrides=down, done=advance)
+            begun.added(moments)
     return moments
 
 

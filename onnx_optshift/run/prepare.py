@@ -25,6 +25,7 @@ from onnx_optshift.graph.weights import Skip, Weight
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.budget import Budget, make_plan
+from onnx_optshift.run.identity import check_folder, checkpoint
 from onnx_optshift.run.masking import find_mask
 from onnx_optshift.run.weighing import output_rows, weighed
 from onnx_optshift.settings import Settings
@@ -103,6 +104,7 @@ def prepare(
         look_at_rows: Whether it is measured how unequal the layers' output rows are, also where nothing weighs them.
         progress: Where long passes report to.
     """
+    check_folder(settings.checkpoint)
     source = ModelFile.load(model)
     selection = Selection(settings.nodes_to_include, settings.nodes_to_exclude, settings.op_types)
     weights, skips = discover(source, selection)
@@ -127,6 +129,7 @@ def prepare(
             f"positions where the input {mask!r} is 0 are no data: no other output depends on them. Their rows are "
             "left out, and outputs are compared at the others",
         )
+    done = checkpoint(settings.checkpoint, source, samples, device, library)
     relative = settings.row_weighting == "relative" and settings.tolerance != 0
     rows = output_rows(bench, samples) if relative or look_at_rows else {}
     bench = weighed(bench, rows) if relative else bench
@@ -134,7 +137,7 @@ def prepare(
     costs = bench.costs(samples, parts=1 + data.split + rounds, metric=settings.objective == "curvature")
     plan = make_plan(costs, bench.weights, settings.batch_size, Budget.of(settings.max_memory, device.solve))
     size, kept, waves = plan.batch_size, plan.kept, plan.waves
-    bench = replace(bench, batch_size=size, kept_bytes=kept, waves=waves, rows=costs.rows)
+    bench = replace(bench, batch_size=size, kept_bytes=kept, waves=waves, rows=costs.rows, checkpoint=done)
     coarse = settings.tolerance == "auto" or settings.tolerance >= LEAST_FOR_SINGLE
     if settings.objective == "range" and settings.quantization_bits and coarse:
         # What rounding to a few bits does to outputs is far above what float32 products leave unresolved, and what

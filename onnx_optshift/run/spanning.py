@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
@@ -57,6 +58,32 @@ class Spanning:
         """Another pass begins: nothing is known of its rows."""
         self.spectra.clear()
         self._looked.clear()
+
+    @property
+    def key(self) -> str:
+        """What decides when rows are enough, besides the weights themselves."""
+        return f"until full rank of {[weight.name for readers in self._readers.values() for weight in readers]}"
+
+    def state(self) -> dict[str, Tensor]:
+        """All that is known, as tensors by `tap.key/field`."""
+        found = {f"{tap.key}/looked": torch.tensor([rows]) for tap, rows in self._looked.items()}
+        for tap, (_, spectrum) in self.spectra.items():
+            counts = torch.tensor([spectrum.rows, spectrum.width])
+            parts = {"eigenvalues": spectrum.eigenvalues, "basis": spectrum.basis, "spectrum": counts}
+            found |= {f"{tap.key}/{field}": tensor for field, tensor in parts.items()}
+        return found
+
+    def restore(self, moments: Mapping[Tap, InputMoments], state: Mapping[str, Tensor]) -> None:
+        """Knows what was known when `state` was taken, of these moments as they were then."""
+        self.begin()
+        for tap, found in moments.items():
+            if (looked := state.get(f"{tap.key}/looked")) is not None:
+                self._looked[tap] = int(looked)
+            if (counts := state.get(f"{tap.key}/spectrum")) is not None:
+                values, basis = (
+                    state[f"{tap.key}/{field}"].to(found.device, copy=True) for field in ("eigenvalues", "basis")
+                )
+                self.spectra[tap] = (found, Spectrum(values, basis, *map(int, counts)))
 
     def open(self, taps: Iterable[Tap]) -> list[Tap]:
         """Those of some taps whose rows leave freedom so far."""

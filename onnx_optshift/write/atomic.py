@@ -66,7 +66,7 @@ class Written:
             journal.hidden(self._record)
             self._file = self._record.open("xb", buffering=0)
             with suppress(OSError):  # a file system without locks: then it is never swept
-                _lock(self._file, wait=True)
+                lock(self._file, wait=True)
             if os.fstat(self._file.fileno()).st_nlink:
                 break
             self._file.close()  # somebody's sweep has come between
@@ -89,14 +89,14 @@ class Written:
                 )
             self.temp_data.unlink()
             return
-        _sync(self.temp_data)
+        sync(self.temp_data)
         for folder in reversed(final.parents):
             if not folder.exists():
                 self._claim(folder.relative_to(home).as_posix())
                 folder.mkdir()
         self._claim(location)
         os.replace(self.temp_data, final)
-        _sync(final.parent)  # the name must be on disk before a model refers to it
+        sync(final.parent)  # the name must be on disk before a model refers to it
 
     def commit(self) -> None:
         """Puts the file in place, in one step that cannot be seen half done. Does nothing once discarded.
@@ -114,11 +114,11 @@ class Written:
                 if self.final_path.exists():
                     # A rewritten file keeps its permissions, as it would if it were written in place.
                     os.chmod(self.temp_path, stat.S_IMODE(self.final_path.stat().st_mode))
-                _sync(self.temp_path)
+                sync(self.temp_path)
                 journal.renaming(self.temp_path, self.final_path)
                 os.replace(self.temp_path, self.final_path)
                 self._file.truncate(0)  # it has no claims any more
-                _sync(self.final_path.parent)
+                sync(self.final_path.parent)
         finally:
             self.discard()
         for path in replaced:
@@ -196,7 +196,7 @@ def _parts(record: Path) -> list[Path]:
     return [record.with_name(record.name + suffix) for suffix in (".new", ".data", ".folder")]
 
 
-def _lock(file: IO[bytes], *, wait: bool) -> None:
+def lock(file: IO[bytes], *, wait: bool) -> None:
     """Holds a file as long as it is open, or fails where another process does, or the file system has no locks."""
     if sys.platform != "win32":
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -211,7 +211,7 @@ def _sweep(folder: Path) -> None:
         for path in list(folder.iterdir()):
             if pattern.fullmatch(path.name) and path.lstat().st_uid == os.geteuid():
                 with suppress(OSError), path.open("r+b") as file:
-                    _lock(file, wait=False)
+                    lock(file, wait=False)
                     remove(path)
 
 
@@ -287,7 +287,7 @@ def _refused(path: Path, number: int | None, reason: str) -> str:
     return f"{path}: cannot be written: {reason}. Nothing was changed there. {hint}"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Waits until a file's content is on disk, or the names in a folder where the system can do that."""
     folder = path.is_dir()
     with suppress(OSError) if folder else nullcontext():  # Windows opens no folders, some file systems sync none
