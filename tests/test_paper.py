@@ -184,7 +184,7 @@ def test_the_page_shows_mean_and_deviation_and_pairs_seeds():
         key = dict(
             zip(paper.KEYS, paper.Job(paper.Setting("resnet", 0, 0.2, during=during, seed=seed)).key, strict=True)
         )
-        return key | figures | {"test_accuracy": str(accuracy), "trace": str(trace), "tolerance": ""}
+        return key | figures | {"test_accuracy": str(accuracy), "trace": str(trace), "tolerance": "", "size": "small"}
 
     rows = [row(0, 0, 0.5, 100), row(1, 0, 0.7, 200), row(0, 2, 0.52, 50), row(1, 2, 0.71, 100)]
     table = paper_page.tables(rows)

@@ -110,5 +110,5 @@ FORMS = {
 
 def network(size: str, kind: str, classes: int) -> Network:
     """A new network with random weights, in channels-last memory order."""
-    form = FORMS[size, kind]
+    form = FORMS["small" if size == "long" else size, kind]
     return Network(form.build(), form.features, classes).to(memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from html import escape
 
 Row = dict[str, str]
-CELL = ("kind", "decay", "noise")
+CELL = ("size", "kind", "decay", "noise")
 METHOD = ("optimizer", "during", "layers", "after")
 
 COLUMNS = (  # heading, figure, factor, digits after the point; None for three significant ones
@@ -27,7 +27,7 @@ COLUMNS = (  # heading, figure, factor, digits after the point; None for three s
     ("NC4", "nc4", 1, None),
     ("s/epoch", "epoch_cpu", 1, None),
 )
-NETWORKS = {"resnet": "ResNet", "densenet": "DenseNet", "mlp": "MLP, 128 classes"}
+NETWORKS = {"resnet": "ResNet", "densenet": "DenseNet", "mlp": "MLP of 128 classes"}
 
 WIDTH, PANEL, TOP, STEP, LEFT = 900, 330, 70, 15, 190
 STYLE = """
@@ -88,8 +88,9 @@ def groups(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, list[Row]]]:
 
 def title(cell: tuple[str, ...]) -> str:
     """A cell in words."""
-    kind, decay, noise = cell
-    return f"{NETWORKS[kind]}, weight decay {float(decay):g}, {100 * float(noise):.0f} % wrong labels"
+    size, kind, decay, noise = cell
+    longer = " trained for longer" if size == "long" else ""
+    return f"{NETWORKS[kind]}{longer}, weight decay {float(decay):g}, {100 * float(noise):.0f} % wrong labels"
 
 
 def tables(rows: Iterable[Row]) -> str:

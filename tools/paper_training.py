@@ -40,6 +40,7 @@ class Recipe:
 RECIPES = {
     "tiny": Recipe(images=96, heldout=32, test=64, epochs=1, batch=16, rate=0.05, every=3),
     "small": Recipe(images=3000, heldout=1000, test=5000, epochs=10, batch=64, rate=0.05, every=23),
+    "long": Recipe(images=3000, heldout=1000, test=5000, epochs=30, batch=64, rate=0.05, every=23),
     "text": Recipe(images=30 * 128, heldout=8 * 128, test=20 * 128, epochs=15, batch=64, rate=0.1, every=30),
     "full": Recipe(49_000, heldout=1000, test=10_000, epochs=200, batch=128, rate=0.1, every=191, augmented=True),
 }
