@@ -8,10 +8,11 @@ import logging
 import os
 import shlex
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import TextIOWrapper
@@ -23,11 +24,18 @@ from onnx_optshift.arguments import parse
 from onnx_optshift.commands.places import check_places
 from onnx_optshift.errors import InputError, OptShiftError
 from onnx_optshift.isolation import INTERRUPTED, drain, run_isolated, say
+from onnx_optshift.launcher import Place
 from onnx_optshift.options import DIAGNOSE, INSPECT, PROBES, SHIFT, VERIFY
 from onnx_optshift.report.progress import progress_for
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from onnx_optshift.report.model import Report
+
+
+# Seconds that processes with nothing to say leave the one that tells of an error.
+_LINGER = 10.0
 
 
 def run() -> Never:
@@ -63,15 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        args = _parsed(words)
-        args.command_line = shlex.join(["python", "-m", "onnx_optshift", *words])
-        check_places(None, args.report, _reads(args), force=False, checkpoint=args.settings.checkpoint)
-        with _quiet_libraries(args.log_level, verbose=args.verbose):
+        with _first_speaks():
+            args = _parsed(words)
+            args.command_line = shlex.join([*_started(), "-m", "onnx_optshift", *words])
+            check_places(None, args.report, _reads(args), force=False, checkpoint=args.settings.checkpoint)
+            _check_started(args.command)
+        level = args.log_level if Place.found().rank == 0 else "critical"
+        with _quiet_libraries(level, verbose=args.verbose):
             _COMMANDS[args.command](args)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
-        say(f"interrupted: {journal.read().written}")
+        if Place.found().rank == 0:
+            say(f"interrupted: {journal.read().written}")
         return INTERRUPTED
     except Exception as error:
         verbose = "--verbose" in words
@@ -80,6 +92,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"error: {_explained(error, verbose=verbose)}")
         return error.exit_code if isinstance(error, OptShiftError) else InputError.exit_code
     return 0
+
+
+@contextmanager
+def _first_speaks() -> Iterator[None]:
+    """Before several processes have joined, all of them meet the same errors: the first one tells.
+
+    Raises:
+        SystemExit: This is another one.
+    """
+    if Place.found().rank == 0:
+        yield
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            yield
+        except (Exception, SystemExit) as error:
+            status = error.code if isinstance(error, SystemExit) else getattr(error, "exit_code", InputError.exit_code)
+            time.sleep(_LINGER if status else 0)  # who ends first has the others ended
+            raise SystemExit(status) from error
+
+
+def _check_started(command: str) -> None:
+    """Insists on one process for what only runs in one.
+
+    Raises:
+        InputError: There are several.
+    """
+    if command != SHIFT and not Place.found().alone:
+        raise InputError(f"{command} runs in one process. Start it without torchrun.")
+
+
+def _started() -> list[str]:
+    """What runs Python, as a user types it."""
+    place = Place.found()
+    nodes = place.size // max(1, place.local_size)
+    several = ["torchrun", *(["--nnodes", str(nodes)] if nodes > 1 else []), "--nproc-per-node", str(place.local_size)]
+    return ["python"] if place.alone else several
 
 
 def _parsed(words: list[str]) -> argparse.Namespace:
@@ -117,12 +166,25 @@ def _explained(error: Exception, *, verbose: bool) -> str:
 
 def _shift(args: argparse.Namespace) -> None:
     from onnx_optshift.commands import shift
+    from onnx_optshift.run.world import joined
 
     model, out = args.files
     data = (args.calibration, args.heldout)
-    result = shift.run(model, out, *data, args.settings, progress_for(quiet=args.quiet), reports=args.report)
+    with joined() as world:
+        progress = progress_for(quiet=args.quiet or not world.first)
+        result = shift.run(model, out, *data, args.settings, progress, reports=args.report, world=world)
+        if world.first:
+            _publish_after(out, result.report, args)
+
+
+def _publish_after(out: Path | None, report: Report, args: argparse.Namespace) -> None:
+    """Writes and prints the report of a model that has its place already.
+
+    Raises:
+        InputError: It cannot be written.
+    """
     try:
-        _publish(result.report, args)
+        _publish(report, args)
     except InputError as error:
         if args.settings.dry_run:
             raise

@@ -20,6 +20,7 @@ from typing import Never, TextIO
 
 from onnx_optshift import journal
 from onnx_optshift.errors import InputError
+from onnx_optshift.launcher import Place
 from onnx_optshift.write.atomic import remove
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -81,7 +82,10 @@ def run_isolated(work: Callable[[], int]) -> int:
         remove(Path(name))
     if code >= 0:
         return code
-    say(_SHOW_CURSOR * sys.stderr.isatty() + _words(-code, record, asked=-code in requests))
+    place, asked = Place.found(), -code in requests
+    # Of several processes all are asked to end, by who started them, once one has met an error and told it.
+    if place.alone or not asked or (code == -signal.SIGINT and place.rank == 0):
+        say(_SHOW_CURSOR * sys.stderr.isatty() + _words(-code, record, asked=asked))
     return 128 - code if -code in requests else InputError.exit_code
 
 

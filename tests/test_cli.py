@@ -27,6 +27,7 @@ from onnx_optshift.report import progress
 from onnx_optshift.report.model import Verification
 from onnx_optshift.report.progress import Lines
 from onnx_optshift.run.layers import Layers
+from onnx_optshift.run.world import ALONE
 from onnx_optshift.settings import Settings
 
 FILES = ["in.onnx", "out.onnx"]
@@ -62,7 +63,7 @@ def test_two_files_alone_mean_the_defaults(called, capsys):
     assert cli.main(FILES) == 0
     model, out, calibration, heldout, settings, shown = called.args
     assert isinstance(shown, Lines)
-    assert called.options == {"reports": []}
+    assert called.options == {"reports": [], "world": ALONE}
     assert (model, out) == (Path("in.onnx"), Path("out.onnx"))
     assert calibration is heldout is None
     assert settings == Settings()

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "onnx_optshift"
 # its whole sub-package, whose modules may import each other.
 ROWS = [
     ["errors"],
-    ["journal"],
+    ["journal", "launcher"],
     ["geometry", "report.diagnosis", "report.progress", "tensorfile", "write.atomic"],
     ["report", "settings", "isolation", "completion"],
     ["options"],

@@ -13,8 +13,8 @@ from onnx_optshift import api
 from onnx_optshift.commands import shift
 from onnx_optshift.run.budget import Budget, Costs, make_plan
 from onnx_optshift.run.capture import captured, layers_maker, objective_of
-from onnx_optshift.run.feature_curvature import feature_curvature
-from onnx_optshift.run.layers import NONFINITE_SLOPES, UNSEEN, Layers
+from onnx_optshift.run.feature_curvature import NONFINITE_SLOPES, UNSEEN, feature_curvature
+from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.prepare import prepare
 from onnx_optshift.settings import Settings
 from onnx_optshift.solve.finish import as_matrix

@@ -107,6 +107,7 @@ class Samples:
         self._parts = list(parts)
         self._batch = batch
         self._mask: str | None = None
+        self._first = 0  # what batches call the first sample
         self._starts = np.cumsum([0] + [part.rows for part in parts], dtype=np.int64)
         self._order = np.arange(self._starts[-1], dtype=np.int64)  # sample numbers over all parts
         # Of inputs alone, and of inputs with labels, by sample number over all parts; shared by all views.
@@ -153,7 +154,7 @@ class Samples:
         """What besides the batch size decides which samples are run together, and at which positions they count."""
         stretches = [(part.stacked, len(rows)) for part, rows, _ in self._stretches()]
         runs = [(kind, sum(n for _, n in run)) for kind, run in groupby(stretches, key=lambda stretch: stretch[0])]
-        return f"batch {self._batch}, mask {self._mask!r}, stacked {runs}"
+        return f"batch {self._batch}, mask {self._mask!r}, stacked {runs}{f', from {self._first}' * (self._first > 0)}"
 
     @property
     def distinct(self) -> int:
@@ -170,12 +171,25 @@ class Samples:
         if chosen.size and (chosen.min() < 0 or chosen.max() >= len(self)):
             raise IndexError(f"sample numbers {chosen.min()} to {chosen.max()} of {len(self)} samples")
         view = copy(self)
-        view._order = self._order[chosen]
+        view._order, view._first = self._order[chosen], 0
         return view
 
     def spread(self, most: int) -> Samples:
         """A view of so many samples at most, evenly spaced."""
         return self.select(np.unique(np.linspace(0, len(self) - 1, most).round().astype(int)))
+
+    def share(self, number: int, of: int, batch_size: int) -> Samples:
+        """A view of one of several shares: whole batches, one after the other, that keep their samples' numbers.
+
+        Shares differ by one batch at most; the first ones are the larger ones, and the last ones may be empty.
+        """
+        size = self._batch or batch_size
+        batches = -(-len(self) // size)
+        first, last = (k * (batches // of) + min(k, batches % of) for k in (number, number + 1))
+        start, stop = (min(len(self), size * batch) for batch in (first, last))
+        view = self.select(np.arange(start, stop))
+        view._first = self._first + start
+        return view
 
     def masked(self, name: str) -> Samples:
         """A view whose batches say which positions the zeros of an input mask."""
@@ -202,6 +216,7 @@ class Samples:
         for part, rows, positions in self._stretches():
             feeds = part.read()
             start = 0
+            positions = positions + self._first
             while start < len(rows):
                 stop = start + size - sum(piece.rows for piece in held) if part.stacked else start + 1
                 piece = _piece(part, feeds, rows[start:stop], positions[start:stop])

@@ -52,7 +52,13 @@ class Device:
 
 
 def choose_device(
-    requested: str, providers: Sequence[str], available: Sequence[str], gpus: int, *, allow_cpu_fallback: bool = False
+    requested: str,
+    providers: Sequence[str],
+    available: Sequence[str],
+    gpus: int,
+    *,
+    allow_cpu_fallback: bool = False,
+    local_rank: int = 0,
 ) -> Device:
     """Decides what runs where, before any work starts; with `auto` CUDA if torch and ONNX Runtime both have it.
 
@@ -62,12 +68,13 @@ def choose_device(
         available: Execution providers of this onnxruntime.
         gpus: CUDA devices that torch finds.
         allow_cpu_fallback: Whether single nodes may run on the CPU although CUDA was asked for by name.
+        local_rank: Number of this process among those of its host: each takes a GPU in turn, unless one is named.
 
     Raises:
         DeviceError: The device or a provider is not available on this machine.
     """
     kind, _, number = requested.partition(":")
-    index = int(number or 0)
+    index = int(number) if number else local_rank % max(1, gpus)
     strict = kind == "cuda" and not allow_cpu_fallback
     missing = _why_no_cuda(index, available, gpus)
     if not providers:

@@ -61,7 +61,7 @@ def _runtime() -> ModuleType:
 
 
 def resolve_device(
-    requested: str = "auto", providers: Sequence[str] = (), *, allow_cpu_fallback: bool = False
+    requested: str = "auto", providers: Sequence[str] = (), *, allow_cpu_fallback: bool = False, local_rank: int = 0
 ) -> Device:
     """What runs where on this machine, as `choose_device` decides.
 
@@ -70,7 +70,9 @@ def resolve_device(
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     available = _runtime().get_available_providers()
-    return choose_device(requested, providers, available, gpus, allow_cpu_fallback=allow_cpu_fallback)
+    return choose_device(
+        requested, providers, available, gpus, allow_cpu_fallback=allow_cpu_fallback, local_rank=local_rank
+    )
 
 
 class Session:

@@ -67,8 +67,8 @@ def predict(layers: Layers) -> tuple[float, float, int] | None:
 
     On a few columns of a few layers, from the narrowest to the widest; None where none can be had cheaply.
     """
-    if len(layers.store.waves) > 1:
-        return None  # each would be captured again
+    if len(layers.store.waves) > 1 or layers.sharing.world.size > 1:
+        return None  # each would be captured again, or is known to other processes
     (grid,), start = make_grids((DEFAULT_BITS,)), time.perf_counter()
     fit = [w for w in layers.weights.values() if w.d <= WIDEST and w.groups == 1 and layers.blocked(w) is None]
     fit = [weight for weight in fit if layers.representative(weight)]

@@ -21,29 +21,35 @@ MOST_ATTEMPTS, SHRINKS = 6, 3
 
 def published(
     prepared: Prepared, grounds: Grounds | None, decision: Decision | None, out: Path
-) -> tuple[Written, str, Verification, Decision | None]:
+) -> tuple[Written | None, str, Verification, Decision | None]:
     """Writes a decision's shifts beside OUT and proves them on the written file, backing off where need be.
 
-    Without a decision it is a copy. Returns the file, to be committed; its SHA-256; the proof; and the decision that it
-    holds.
+    Without a decision it is a copy. Returns the file, to be committed, where this process wrote it, as the first of
+    several does; its SHA-256; the proof; and the decision that it holds.
 
     Raises:
         InputError: The file cannot be written.
         ToleranceError: The outputs left the tolerance and backing off did not help; nothing was written.
     """
     settings, prover = prepared.settings, Prover(prepared.bench, prepared.settings.seed)
+    world = prepared.bench.world
     for attempt in range(1, MOST_ATTEMPTS + 1):
         arrays = decision.candidate.arrays if decision else {}
-        written = write_beside(prepared.model, arrays, out, save_as_external=settings.save_as_external_data)
+        written: Written | None = None
+        if world.first:
+            written = write_beside(prepared.model, arrays, out, save_as_external=settings.save_as_external_data)
         try:
-            sha256, proof = prover.prove(written, arrays, decision.promise if decision else None)
+            path = world.broadcast(written.temp_path if written else out)
+            sha256, proof = prover.prove(path, arrays, decision.promise if decision else None)
         except BaseException:
-            written.discard()
+            if written:
+                written.discard()
             raise
         if proof.passed:
             put_back = [name for name, why in decision.rejected.items() if why == REVERTED] if decision else []
             return written, sha256, replace(proof, attempts=attempt, reverted=tuple(put_back)), decision
-        written.discard()
+        if written:
+            written.discard()
         if decision is None or grounds is None or not arrays:
             break
         if decision.promise.tolerance > 0 and decision.candidate.tolerance > 0 and attempt <= SHRINKS:

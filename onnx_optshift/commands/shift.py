@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import weakref
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from onnx_optshift.report.model import Report
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.capture import captured, objective_of
 from onnx_optshift.run.prepare import Prepared, judges_nothing, prepare
+from onnx_optshift.run.world import ALONE, World
 from onnx_optshift.settings import Settings
 from onnx_optshift.write.atomic import Written, check_target, system_errors
 from onnx_optshift.write.patch import write_beside
@@ -70,18 +71,20 @@ def run(
     progress: Progress = SILENT,
     *,
     reports: Sequence[Path] = (),
+    world: World = ALONE,
 ) -> Result:
     """The whole pass; writes OUT unless it is None or the run is dry.
 
     Without calibration data it is looked for beside the model, and made up otherwise; without held-out data some is
-    split off, unless that is `["none"]`. `reports` are files that the caller is going to write.
+    split off, unless that is `["none"]`. `reports` are files that the caller is going to write. Of several processes
+    each calls it in the same way; the first one writes, and all return the same.
     """
     clock = Clock(progress)
     output = None if settings.dry_run else out
     if output is not None:
         check_target(output)  # before the work, not after it
     with progress.stage("preparation"):
-        prepared = prepare(model, settings, calibration, heldout, make_up=True, progress=progress)
+        prepared = prepare(model, settings, calibration, heldout, make_up=True, progress=progress, world=world)
     reads = [*prepared.reads, *prepared.model.data_files, settings.custom_op_library]
     check_places(output, reports, reads, force=settings.force, checkpoint=settings.checkpoint)
     off = (GATE_OFF,) if judges_nothing(heldout) and prepared.data is not None else ()
@@ -102,11 +105,12 @@ def run(
             found = replace(found, layers=full, decision=decision, gate=grounds.gate)
         with clock("verify"):
             written, sha256, proof, decided = published(prepared, grounds, found.decision, target)
-        with written:
+        with written or nullcontext():
             # Whatever may still fail or be interrupted comes before the rename: OUT appears last.
             found = replace(found, decision=decided, sha256=sha256, verification=proof, output=output)
             report = _report(found, clock, off, few)
-            written.commit()
+            if written:
+                written.commit()
         prepared.bench.checkpoint.finish()
         result = Result(report, target)
         weakref.finalize(result, stack.pop_all().close)  # a temporary file lives as long as the result

@@ -35,7 +35,8 @@ def by_rounding(grounds: Grounds, *, snap: bool, most: float = 1.0) -> Decision:
         return while_held(
             lambda cap: solve({
                 name: replace(start, residual=min(start.residual, cap or 1.0)) for name, start in starts.items()
-            })
+            }),
+            grounds.bench.world,
         )
 
     def way(name: str, solve: Callable[[Layers, Samples, Starts], Candidate], *, separable: bool) -> Way:

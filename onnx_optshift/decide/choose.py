@@ -116,7 +116,7 @@ def _ways(grounds: Grounds) -> list[Way]:
         return [grounds.parallel]
 
     def again(layers: Layers, data: Samples) -> Callable[[float], Candidate]:
-        return while_held(lambda residual: layer_by_layer(grounds.bench, layers, data, residual))
+        return while_held(lambda residual: layer_by_layer(grounds.bench, layers, data, residual), grounds.bench.world)
 
     on_all = again(full, grounds.samples)
     on_fit = on_all if fit is full else again(fit, grounds.tried_on)

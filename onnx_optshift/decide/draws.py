@@ -58,7 +58,7 @@ def classes_of(outputs: Outputs, samples: Samples) -> NDArray[np.int64]:
     if samples.labels is not None and np.issubdtype(samples.labels.dtype, np.integer):
         return samples.labels.astype(np.int64)
     found: list[NDArray[np.int64]] = []
-    for batch, values in outputs.reference(samples):
+    for batch, values in outputs.reference(outputs.share(samples)):
         count = len(batch.indices)
         fitting = [v for v in values.values() if v.ndim >= 2 and v.shape[0] >= count and v[0].size >= 2]
         if not fitting:
@@ -67,4 +67,4 @@ def classes_of(outputs: Outputs, samples: Samples) -> NDArray[np.int64]:
                 "output [samples, classes] to take the argmax of. Give labels with the calibration data."
             )
         found.append(fitting[0].reshape(fitting[0].shape[0], -1)[:count].argmax(axis=1).astype(np.int64))
-    return np.concatenate(found)
+    return np.concatenate([classes for part in outputs.world.gather(found) for classes in part])

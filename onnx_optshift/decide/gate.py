@@ -128,10 +128,11 @@ class Gate:
         return judged
 
     def _run(self, arrays: Arrays, loss: Loss) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
-        found = [
+        mine = [
             loss.per_sample(outputs, reference, batch.labels, judged_rows(batch))
-            for batch, outputs, reference in self._outputs.trial(self._samples, arrays)
+            for batch, outputs, reference in self._outputs.trial(self._outputs.share(self._samples), arrays)
         ]
+        found = [one for part in self._outputs.world.gather(mine) for one in part]
         right = [part for _, part in found if part is not None]
         return np.concatenate([losses for losses, _ in found]), np.concatenate(right) if right else None
 
@@ -149,7 +150,7 @@ class Gate:
         """
         content = _digest(arrays)
         if content not in self._known:
-            self._known[content] = self._judge(arrays, what, tolerance)
+            self._known[content] = self._outputs.world.broadcast(self._judge(arrays, what, tolerance))
         return self._known[content]
 
     def _judge(self, arrays: Arrays, what: str, tolerance: float) -> tuple[Trial, Judged]:
@@ -223,9 +224,13 @@ def loss_of(outputs: Outputs, samples: Samples) -> Loss:
     Raises:
         InputError: The labels fit no output of the model.
     """
-    batch, values = next(iter(outputs.reference(samples)))
-    labels = batch.labels if samples.labels is None else samples.labels
-    return choose_loss(values, labels, judged_rows(batch), samples.source)
+
+    def chosen() -> Loss:
+        batch, values = next(iter(outputs.reference(outputs.share(samples))))
+        labels = batch.labels if samples.labels is None else samples.labels
+        return choose_loss(values, labels, judged_rows(batch), samples.source)
+
+    return outputs.world.once(chosen)  # by the first process, whose share is never empty
 
 
 def judged_rows(batch: Batch) -> int:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 from torch import Tensor
@@ -32,8 +32,9 @@ from onnx_optshift.run.bench import Bench, taps_of
 from onnx_optshift.run.candidate import Arrays, Candidate, Solved
 from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.on_grid import Starts, gathered
+from onnx_optshift.run.ownership import to_owners
 from onnx_optshift.solve.error_ball import BallPath
-from onnx_optshift.solve.grid_rounding import LEAST_RIDGE
+from onnx_optshift.solve.grid_rounding import LEAST_RIDGE, Start
 from onnx_optshift.solve.problem import ROUNDING_UNIT, Problem
 from onnx_optshift.solve.shift import Outcome, Shift
 from onnx_optshift.solve.spectrum import Coordinates, factor
@@ -73,17 +74,17 @@ def layer_by_layer(bench: Bench, layers: Layers, samples: Samples, residual: flo
     solved: dict[str, Solved] = {}
     for weight in layers.weights.values():
         arrays = Candidate(solved, residual).arrays
-        if not arrays:
-            solved[weight.name] = layers.solve(weight, residual)
-            continue
-        solved[weight.name] = _solve(bench, layers, samples, weight, residual, arrays)
+        layers.moments(weight)  # all processes capture them, before one solves
+        held = capture_moved(bench, taps_of([weight]), samples, arrays) if arrays else {}
+        solved[weight.name] = layers.at_owner(weight, partial(_solve, layers, weight, residual, held))
     return Candidate(solved, residual, layers.facts)
 
 
-def _solve(bench: Bench, layers: Layers, samples: Samples, weight: Weight, residual: float, arrays: Arrays) -> Solved:
-    held = capture_moved(bench, taps_of([weight]), samples, arrays)
-    moved, cross = _of_all_uses(held, weight)
+def _solve(layers: Layers, weight: Weight, residual: float, held: Mapping[Tap, Pair]) -> Solved:
     original = layers.solve(weight, residual)
+    if not held:
+        return original
+    moved, cross = _of_all_uses(held, weight)
     if not _usable(moved.rows, moved.gram(), cross) or layers.blocked(weight) or not original.shift.norm_before:
         return original
     matrix = layers.matrix(weight)
@@ -115,18 +116,22 @@ def rounded_in_order(bench: Bench, layers: Layers, samples: Samples, starts: Sta
     # Layers that read the same value are captured together: none of them comes before another.
     read: tuple[Tap, ...] = ()
     held: Mapping[Tap, Pair] = {}
-    for weight in layers.each("round layer by layer"):
+    for weight in layers.each("round layer by layer", all_of_them=True):
         arrays, start = Candidate(solved, 0.0).arrays, starts.get(weight.name)
         if start is None:
-            solved[weight.name] = layers.solve(weight, 0.0)
+            solved[weight.name] = layers.at_owner(weight, partial(layers.solve, weight, 0.0))
             continue
         if arrays and (taps := _read(weight)) != read:
             read, held = taps, {}  # before the next ones are captured, not after
             together = [w for w in layers.weights.values() if _read(w) == taps]
             held = capture_moved(bench, taps_of(together), few, arrays, session)
-        instead = _corrected(weight, layers.matrix(weight), held) if arrays else None
-        solved[weight.name] = layers.snap(weight, start, instead)
+        pairs = held if arrays else {}
+        solved[weight.name] = layers.at_owner(weight, partial(_snapped, layers, weight, start, pairs))
     return gathered(layers, starts, solved)
+
+
+def _snapped(layers: Layers, weight: Weight, start: Start, held: Mapping[Tap, Pair]) -> Solved:
+    return layers.snap(weight, start, _corrected(weight, layers.matrix(weight), held) if held else None)
 
 
 def _read(weight: Weight) -> tuple[Tap, ...]:
@@ -192,10 +197,14 @@ def capture_moved(
             left, right = (rows[:, part].to(cross.device, bench.products) for rows in (after, original))
             cross += left.mT @ right
 
-    with bench.progress.stage("capture again", len(samples)) as advance:
-        for batch in samples.batches(bench.batch_size):
+    mine = bench.outputs.share(samples)
+    with bench.progress.stage("capture again", len(mine)) as advance:
+        for batch in mine.batches(bench.batch_size):
             stream(session, taps, [batch], keep)
             stream(session, taps, [batch], join, overrides=arrays, done=advance)
     del session
     bench.sessions.rest()
-    return found
+    moments = to_owners(bench.world, {tap: moved for tap, (moved, _) in found.items()}, bench.owners)
+    for tap, (_, cross) in found.items():
+        bench.world.total(cross, bench.owners[tap])
+    return {tap: (moments[tap], cross) for tap, (_, cross) in found.items()}

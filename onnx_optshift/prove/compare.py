@@ -90,6 +90,17 @@ class OutputDifference:
             self.agreeing += int(same.sum())
             self.ranked += same.size
 
+    def merge(self, other: OutputDifference) -> None:
+        """Adds what another one has accumulated over other samples."""
+        self.max_abs, self.max_rel = max(self.max_abs, other.max_abs), max(self.max_rel, other.max_rel)
+        self.squared_difference += other.squared_difference
+        self.squared_reference += other.squared_reference
+        self.agreeing += other.agreeing
+        self.ranked += other.ranked
+        self.samples += other.samples
+        self.nonfinite += other.nonfinite
+        self.compared |= other.compared
+
     def result(self) -> Deviation:
         """The deviation over everything added so far."""
         if self.squared_reference > 0:
@@ -121,6 +132,11 @@ class OutputsDifference:
             else:
                 entry.max_abs = entry.max_rel = entry.squared_difference = math.inf
                 entry.compared = True
+
+    def merge(self, other: OutputsDifference) -> None:
+        """Adds what another one has accumulated over other samples."""
+        for name, entry in other.outputs.items():
+            self.outputs.setdefault(name, OutputDifference()).merge(entry)
 
     def results(self) -> dict[str, Deviation]:
         """Deviation by output name."""

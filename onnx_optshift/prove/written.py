@@ -7,12 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
+from onnx_optshift.errors import InputError
 from onnx_optshift.prove.floor import FEW_SAMPLES, NOISE_SAMPLES, Floor, Promise, noise_floor, verification
 from onnx_optshift.prove.static import holds
 from onnx_optshift.report.model import Verification
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.candidate import Arrays
-from onnx_optshift.write.atomic import Written, digest
+from onnx_optshift.write.atomic import digest
 
 
 class Prover:
@@ -35,17 +36,28 @@ class Prover:
             self._floors[key] = noise_floor(self._bench, samples, names, self._seed)
         return self._floors[key]
 
-    def prove(self, written: Written, arrays: Arrays, promise: Promise | None) -> tuple[str, Verification]:
+    def prove(self, path: Path, arrays: Arrays, promise: Promise | None) -> tuple[str, Verification]:
         """SHA-256 of a file in its temporary place, and its proof; without a promise nothing may have changed.
 
         Raises:
             PatchError: The file holds other bytes than it should.
+            InputError: A process does not find the file.
             ToleranceError: The original's noise is so large that nothing can be proved.
         """
+        world = self._bench.world
         self._bench.sessions.rest()  # what was written was read for it
-        holds(self._bench.model, written.temp_path, arrays)
-        sha256 = digest(written.temp_path)
-        return sha256, self.compare(written.temp_path, sha256, set(arrays), promise)
+        sha256 = world.once(lambda: self._checked(path, arrays))
+        if unseen := [rank for rank, seen in enumerate(world.gather(path.exists())) if not seen]:
+            raise InputError(
+                f"{path}: was written, and process {unseen[0]} does not find it. Choose an output path in a folder "
+                "that all hosts share."
+            )
+        return sha256, self.compare(path, sha256, set(arrays), promise)
+
+    def _checked(self, path: Path, arrays: Arrays) -> str:
+        """SHA-256 of a file that holds what it should."""
+        holds(self._bench.model, path, arrays)
+        return digest(path)
 
     def compare(self, path: Path, sha256: str, names: Collection[str], promise: Promise | None) -> Verification:
         """The outputs of a file in which these weights differ, beside the original's.

@@ -23,8 +23,10 @@ from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.budget import DEFAULT_BATCH_SIZE, KEPT_OUTPUT_BYTES, Costs
 from onnx_optshift.run.checkpoint import Checkpoint, Pass, content, digest
 from onnx_optshift.run.outputs import Outputs
+from onnx_optshift.run.ownership import owners_of, to_owners
 from onnx_optshift.run.sessions import Sessions
 from onnx_optshift.run.spanning import Spanning
+from onnx_optshift.run.world import ALONE, World
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.row_weights import RowRule
 from onnx_optshift.stats.rows import observe
@@ -52,6 +54,7 @@ class Bench:
     products: torch.dtype = torch.float64  # in which products of rows are taken
     every: Mapping[Tap, int] = field(default_factory=dict)  # of so many patches one is taken; all where not given
     checkpoint: Checkpoint = field(default_factory=Checkpoint)  # what former runs have finished
+    world: World = ALONE  # the processes that share the samples and the layers
 
     def __post_init__(self) -> None:
         if self.weights and not self.waves:
@@ -63,18 +66,24 @@ class Bench:
         model: ModelFile,
         weights: Sequence[Weight],
         device: Device,
-        *,
         custom_op_library: str | None = None,
+        world: World = ALONE,
         **options: Any,
     ) -> Bench:
         """A bench with sessions of its own."""
-        return cls(model, tuple(weights), device, Sessions(model, device, custom_op_library), **options)
+        sessions = Sessions(model, device, custom_op_library, world.threads)
+        return cls(model, tuple(weights), device, sessions, world=world, **options)
 
     @cached_property
     def outputs(self) -> Outputs:
         """Outputs of the original and of trials."""
         names = [weight.name for weight in self.weights]
-        return Outputs(self.sessions, names, self.batch_size, self.kept_bytes)
+        return Outputs(self.sessions, names, self.batch_size, self.kept_bytes, self.world)
+
+    @cached_property
+    def owners(self) -> Mapping[Tap, int]:
+        """The process that solves what reads a tap."""
+        return owners_of(self.weights, self.waves, self.world.size)
 
     def without(self, names: Collection[str | None]) -> Bench:
         """The same model with fewer weights that may move."""
@@ -93,17 +102,25 @@ class Bench:
     def moments(
         self, taps: Sequence[Tap], samples: Samples, stage: str = "capture", spanning: Spanning | None = None
     ) -> Mapping[Tap, InputMoments]:
-        """As `capture` gives them; from the checkpoint as far as that has them."""
+        """As `capture` gives them; from the checkpoint as far as that has them.
+
+        Every process runs its share of the samples, and what it finds goes to the owner of each tap.
+        """
         if not taps:
             return {}
-        return self.checkpoint.moments(
-            lambda: digest(self.key(taps, samples), "" if spanning is None else spanning.key),
-            taps,
-            lambda begun: self.capture(taps, samples, stage, spanning, begun),
-            self.device.solve,
-            self.products,
-            spanning,
+        mine = samples.share(self.world.rank, self.world.size, self.batch_size)
+        found = dict(
+            self.checkpoint.moments(
+                lambda: digest(self.key(taps, mine), "" if spanning is None else spanning.key),
+                taps,
+                lambda begun: self.capture(taps, mine, stage, spanning, begun),
+                self.device.solve,
+                self.products,
+                spanning,
+            )
         )
+        with self.progress.stage(stage):
+            return to_owners(self.world, found, self.owners)
 
     def capture(
         self,

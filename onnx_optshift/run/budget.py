@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -47,12 +47,22 @@ class Budget:
     asked: bool  # whether the user set the limit
 
     @classmethod
-    def of(cls, max_memory: int | None, solve: str) -> Budget:
-        """The budget of this process, now; without a limit of the user's a share of what is free."""
+    def of(cls, max_memory: int | None, solve: str, sharing: int = 1) -> Budget:
+        """The budget of this process, now; without a limit of the user's a share of what is free.
+
+        Where several processes of a host are `sharing` its memory, each gets as much as the others.
+        """
         used = psutil.Process().memory_info().rss + LIBRARIES
-        limit = max_memory if max_memory is not None else used + int(FREE_MEMORY_SHARE * free_memory())
+        limit = max_memory if max_memory is not None else used + int(FREE_MEMORY_SHARE * free_memory() / sharing)
         device = int(FREE_MEMORY_SHARE * torch.cuda.mem_get_info(solve)[0]) if solve.startswith("cuda") else None
         return cls(limit, used, device, max_memory is not None)
+
+    @classmethod
+    def least(cls, budgets: Sequence[Budget]) -> Budget:
+        """What none of some processes lacks."""
+        least = min(budgets, key=lambda budget: budget.limit - budget.used)
+        devices = [budget.device for budget in budgets if budget.device is not None]
+        return replace(least, device=min(devices, default=None))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from onnx_optshift.quantize.rtn import Grid
+from onnx_optshift.run.world import ALONE, World
 from onnx_optshift.solve.objective import Objective, Point
 from onnx_optshift.solve.problem import Problem
 from onnx_optshift.solve.rounding_error import output_errors
@@ -99,13 +100,13 @@ class Candidate:
         return replace(self, solved={name: solved for name, solved in self.solved.items() if name in chosen})
 
 
-def while_held(solve: Callable[[float], Candidate]) -> Callable[[float], Candidate]:
-    """The same, but what somebody still holds is not solved again."""
+def while_held(solve: Callable[[float], Candidate], world: World = ALONE) -> Callable[[float], Candidate]:
+    """The same, but what somebody still holds is not solved again; in several processes, what all of them hold."""
     alive: WeakValueDictionary[float, Candidate] = WeakValueDictionary()
 
     def solved(tolerance: float) -> Candidate:
         found = alive.get(tolerance)
-        if found is None:
+        if not world.agree(found is not None) or found is None:
             found = alive[tolerance] = solve(tolerance)
         return found
 

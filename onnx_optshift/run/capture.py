@@ -8,6 +8,7 @@ from onnx_optshift.calibration.source import Samples
 from onnx_optshift.capture.statistics import StatisticsStore
 from onnx_optshift.run.feature_curvature import feature_curvature
 from onnx_optshift.run.layers import Layers
+from onnx_optshift.run.ownership import Sharing
 from onnx_optshift.run.prepare import Data, Prepared
 from onnx_optshift.run.spanning import Spanning
 from onnx_optshift.settings import Settings
@@ -47,7 +48,7 @@ def layers_maker(
             slopes=slopes,
             judge=judge,
             grids=grids,
-            keep=bench.sessions.keep,
+            sharing=Sharing(bench.world, bench.owners, bench.sessions.keep),
             spanning=spanning,
             progress=bench.progress,
         )
@@ -65,7 +66,8 @@ def captured(
     """
     bench = prepared.bench
     spanning = None
-    if until_full_rank and _only_exact(prepared.settings) and not objective.grids:
+    # Of several processes none sees all rows: they capture all that there are.
+    if until_full_rank and _only_exact(prepared.settings) and not objective.grids and bench.world.size == 1:
         spanning = Spanning(bench.weights, bench.model.initializer, bench.device.solve)
     make = layers_maker(prepared, data, objective, spanning)
     # Captured when a layer first asks for it, unless its rows are part of the calibration data.

@@ -43,7 +43,10 @@ _OTHER = {
     "operators": "another library of operators",
     "device": "another device",
     "machine": "another machine or number of threads",
+    "processes": "another number of processes",
 }
+# The number of one of several processes that share a run.
+PROCESS = "process"
 
 
 class Folder(Checkpoint):
@@ -192,16 +195,17 @@ class Folder(Checkpoint):
     def _strangers(self) -> Iterator[str]:
         """What lies beside our entries, and why it is not used."""
         for home in sorted(homes(self._path)):
-            if home != self._home and (files := _entries(home)):
-                yield f"{_counted(files)} for {self._difference(files[0])}"
+            if home != self._home and (files := _entries(home)) and (other := self._difference(files[0])):
+                yield f"{_counted(files)} for {other}"
 
     def _difference(self, file: Path) -> str:
-        """What an entry was made from that this run is not."""
+        """What an entry was made from that this run is not; empty where only another of its processes keeps it."""
         try:
             theirs = json.loads(tensorfile.words(file)["made_from"])
         except (OSError, ValueError, KeyError, TypeError):
             return "something that cannot be read any more"
-        other = [name for name in {**self._made_from, **theirs} if self._made_from.get(name) != theirs.get(name)]
+        names = [name for name in {**self._made_from, **theirs} if name != PROCESS]
+        other = [name for name in names if self._made_from.get(name) != theirs.get(name)]
         return " and ".join(dict.fromkeys(_OTHER.get(name, f"another version of {name}") for name in other))
 
 

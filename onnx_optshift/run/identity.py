@@ -17,14 +17,15 @@ from onnx_optshift.capture.session import versions
 from onnx_optshift.errors import InputError
 from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.run.checkpoint import Checkpoint, digest
-from onnx_optshift.run.checkpoint_folder import Folder, homes
+from onnx_optshift.run.checkpoint_folder import PROCESS, Folder, homes
+from onnx_optshift.run.world import ALONE, World
 from onnx_optshift.write.atomic import digest as digest_of_file
 
 _PACKAGE = Path(__file__).parents[1]
 
 
 def checkpoint(
-    folder: str | None, model: ModelFile, samples: Samples, device: Device, operators: str | None
+    folder: str | None, model: ModelFile, samples: Samples, device: Device, operators: str | None, world: World = ALONE
 ) -> Checkpoint:
     """The checkpoint of a run on this model and these calibration samples; one that keeps nothing without a folder.
 
@@ -34,6 +35,7 @@ def checkpoint(
         samples: All calibration samples. They are read once.
         device: Where the model runs and where statistics live.
         operators: Path of a library with custom operators.
+        world: The processes that share the run: each keeps its own share.
     """
     if folder is None:
         return Checkpoint()
@@ -49,6 +51,8 @@ def checkpoint(
         "device": _device(device),
         "machine": _machine(),
     }
+    if world.size > 1:
+        made_from |= {"processes": str(world.size), PROCESS: str(world.rank)}
     return Folder(Path(folder), made_from)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from onnx_optshift.graph.weights import Weight
 from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.candidate import Candidate, LayerFacts, Solved, facts_of, while_held
+from onnx_optshift.run.feature_curvature import metric_of
+from onnx_optshift.run.ownership import ALL_HERE, Sharing
 from onnx_optshift.run.spanning import Spanning, representative
 from onnx_optshift.solve.finish import as_matrix, finished
 from onnx_optshift.solve.grid_rounding import Start, on_grid
@@ -27,13 +29,8 @@ from onnx_optshift.solve.problem import ROUNDING_UNIT, Problem
 from onnx_optshift.solve.rounding_error import output_errors
 from onnx_optshift.solve.shift import Outcome, Shift, obstacle
 from onnx_optshift.solve.spectrum import Spectrum, factor
-from onnx_optshift.solve.weighted_norm import Metric, balanced, measure
+from onnx_optshift.solve.weighted_norm import Metric
 from onnx_optshift.stats.moments import InputMoments
-
-# Why the objective "curvature" takes the plain norm for a weight.
-UNSEEN = "by the plain norm, as no linear weight before it moves its input"
-NO_SLOPES = "by the plain norm, as no sample that was looked at shows how earlier weights move its input"
-NONFINITE_SLOPES = "by the plain norm, as its input becomes NaN or infinite where earlier weights move"
 
 # Directions, as a share of all, that a rank rises by from a part of the samples to all of them while it still grows.
 MORE_RANK = 0.01
@@ -56,7 +53,7 @@ class Layers:
         slopes: Moments of how far earlier weights move the rows of every tap, for objectives that need them.
         judge: Moments of rows that did not fit the layers; None where there are none.
         grids: What the report shows rounding errors for.
-        keep: Where new contents of initializers go; as they are, in memory, when not given.
+        sharing: Which process solves which layers, and where new contents of initializers go.
         spanning: Factorizations of taps that needed no more rows, where captures looked for these.
 
     Attributes:
@@ -76,7 +73,7 @@ class Layers:
         slopes: StatisticsStore | None = None,
         judge: StatisticsStore | None = None,
         grids: Sequence[Grid] = (),
-        keep: Callable[[NDArray[np.generic]], NDArray[np.generic]] = lambda array: array,
+        sharing: Sharing = ALL_HERE,
         progress: Progress = SILENT,
         spanning: Spanning | None = None,
     ) -> None:
@@ -90,31 +87,43 @@ class Layers:
         self._slopes = slopes
         self._judge = judge
         self._grids = tuple(grids)
-        self._keep = keep
+        self.sharing = sharing
         self._progress = progress
         self._spanning = spanning
         # Of the wave that is held. (moments it was made from, factorization): moments captured anew make it stale.
         self._spectra: dict[tuple[Tap, ...], tuple[InputMoments, Spectrum]] = {}
         self._last: tuple[str, Problem] | None = None  # a layer is looked at and solved in a row
         self._metrics: dict[tuple[Tap, ...], tuple[Metric | None, str]] = {}
-        self.candidate = while_held(self._candidate)
+        self.candidate = while_held(self._candidate, sharing.world)
         # Solutions that had an objection: the search for a tolerance comes back to the same residuals.
         self._objections: dict[tuple[str, float], Solved] = {}
 
     def _candidate(self, tolerance: float) -> Candidate:
         solved = {weight.name: self.solve(weight, tolerance) for weight in self.each("solve")}
-        return Candidate({name: solved[name] for name in self.weights}, tolerance, self.facts)
+        return Candidate(self.together(solved), tolerance, self.facts)
 
-    def each(self, stage: str) -> Iterator[Weight]:
-        """All weights, wave by wave, as one stage of the work."""
+    def at_owner(self, weight: Weight, solve: Callable[[], Solved]) -> Solved:
+        """What a weight's owner makes of it, and its facts, known to all processes."""
+        return self.sharing.at_owner(weight, solve, self.facts)
+
+    def together(self, solved: Mapping[str, Solved]) -> dict[str, Solved]:
+        """What the processes have made of their own weights, as one, in graph order."""
+        return {w.name: self.at_owner(w, partial(solved.__getitem__, w.name)) for w in self.weights.values()}
+
+    def each(self, stage: str, *, judged: bool = False, all_of_them: bool = False) -> Iterator[Weight]:
+        """This process's weights, or all of them, wave by wave, as one stage; `judged` if it asks for judging rows."""
         threads = torch.get_num_threads()
         try:
             with self._progress.stage(stage, len(self.weights)) as advance:
                 for weight in sorted(self.weights.values(), key=self._wave):
+                    self.store.load(self._wave(weight))
+                    if judged and self.blocked(weight) is None:
+                        (self._judge or self.store).load(self._wave(weight))
                     # Solvers of small layers take many short steps, at each of which threads wait for one another:
                     # 6 times the processor time and 8 times the wall clock were measured on a busy machine.
                     torch.set_num_threads(threads if weight.groups * weight.d * weight.m >= THREADED else 1)
-                    yield weight
+                    if all_of_them or self.sharing.owns(weight):
+                        yield weight
                     advance(1)
         finally:
             torch.set_num_threads(threads)
@@ -188,11 +197,10 @@ class Layers:
         written = as_matrix(array, weight.form, self._device)
         now = Shift.unchanged(written, shift.outcome)
         # The solution in float64 has done its work; a model's worth of them would be twice its size.
-        empty = written.new_empty(0)
-        shift = replace(shift, matrix=empty, norm_after=now.norm_before, range_after=now.range_before)
+        shift = replace(shift, matrix=torch.empty(0), norm_after=now.norm_before, range_after=now.range_before)
         return Solved(
             shift,
-            self._keep(array),
+            self.sharing.keep(array),
             problem.residual(written),
             self.objective.measure(problem, written),
             output_errors(problem.spectrum, problem.matrix, written, self._grids),
@@ -269,24 +277,15 @@ class Layers:
         key = _key(weight)
         if key not in self._metrics:
             slopes = _stacked(self._slopes.load(self._wave(weight)), weight)
-            self._metrics[key] = _measured(spectrum, slopes)
+            self._metrics[key] = metric_of(spectrum, slopes)
         return self._metrics[key]
 
     def _wave(self, weight: Weight) -> int:
         return self.store.wave_of(weight.uses[0].tap)
 
 
-def _measured(spectrum: Spectrum, slopes: InputMoments) -> tuple[Metric | None, str]:
-    if slopes.nonfinite:
-        return None, NONFINITE_SLOPES
-    if slopes.rows == 0:
-        return None, NO_SLOPES
-    curvature = slopes.gram()
-    return (measure(spectrum, balanced(curvature)), "") if bool(curvature.any()) else (None, UNSEEN)
-
-
 def _unmoved(shift: Shift) -> Solved:
-    return Solved(replace(shift, matrix=shift.matrix.new_empty(0)), None, 0.0)
+    return Solved(replace(shift, matrix=torch.empty(0)), None, 0.0)
 
 
 def _stacked(moments: Moments, weight: Weight) -> InputMoments:

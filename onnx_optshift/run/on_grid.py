@@ -24,14 +24,15 @@ def best_starts(layers: Layers, most: float, *, snap: bool) -> dict[str, Start]:
     """
     grids = layers.objective.grids
     found: dict[str, Start] = {}
-    for weight in layers.each("choose residuals"):
+    for weight in layers.each("choose residuals", judged=True):
         if layers.blocked(weight) is None:
             problem, judge = layers.problem(weight), layers.judging(weight)
             if snap:
                 found[weight.name] = choose(problem, grids[0], judge, most)
             else:
                 found[weight.name] = Start(choose_residual(problem, grids, judge, most))
-    return found
+    everywhere = {name: start for part in layers.sharing.world.gather(found) for name, start in part.items()}
+    return {name: everywhere[name] for name in layers.weights if name in everywhere}
 
 
 def placed(layers: Layers, starts: Starts, *, snap: bool) -> Candidate:
@@ -48,7 +49,7 @@ def placed(layers: Layers, starts: Starts, *, snap: bool) -> Candidate:
                 # Larger residuals were tried, and rounded worse.
                 one = replace(one, shift=replace(one.shift, outcome=Outcome.ROUNDS_WORSE))
             solved[weight.name] = one
-    return gathered(layers, starts, solved)
+    return gathered(layers, starts, layers.together(solved))
 
 
 def gathered(layers: Layers, starts: Starts, solved: Mapping[str, Solved]) -> Candidate:

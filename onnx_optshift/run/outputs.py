@@ -18,6 +18,7 @@ from onnx_optshift.capture.stream import real_outputs
 from onnx_optshift.prove.compare import OutputsDifference
 from onnx_optshift.run.candidate import Arrays
 from onnx_optshift.run.sessions import Sessions
+from onnx_optshift.run.world import ALONE, World
 
 Values = dict[str, NDArray[Any]]
 
@@ -25,7 +26,10 @@ Values = dict[str, NDArray[Any]]
 class Outputs:
     """Runs the original, and trials of other contents of the initializers named, on data."""
 
-    def __init__(self, sessions: Sessions, names: Sequence[str], batch_size: int, kept_bytes: int) -> None:
+    def __init__(
+        self, sessions: Sessions, names: Sequence[str], batch_size: int, kept_bytes: int, world: World = ALONE
+    ) -> None:
+        self.world = world
         self._sessions = sessions
         self._names = tuple(names)
         self._batch_size = batch_size
@@ -33,11 +37,15 @@ class Outputs:
         # By fingerprint, the least recently used first.
         self._kept: OrderedDict[str, list[Values]] = OrderedDict()
 
+    def share(self, samples: Samples) -> Samples:
+        """Those of some samples that are this process's to run."""
+        return samples.share(self.world.rank, self.world.size, self._batch_size)
+
     def reference(self, samples: Samples) -> Iterator[tuple[Batch, Values]]:
         """The original model's outputs, batch by batch, without padding; kept for the next time while they fit."""
         batches = samples.batches(self._batch_size)
         kept = self._kept.get(samples.fingerprint)
-        if kept is None and self._sessions.large and self._fits_on_disk(samples):
+        if kept is None and len(samples) and self._sessions.large and self._fits_on_disk(samples):
             # All of them first: what the caller runs on each batch needs a session of its own.
             kept = [self._run(batch) for batch in samples.batches(self._batch_size)]
             self._kept[samples.fingerprint] = kept
@@ -73,17 +81,23 @@ class Outputs:
     def deviation(
         self, samples: Samples, arrays: Arrays, other: Callable[[], Session] | None = None
     ) -> OutputsDifference:
-        """How far outputs with these weights, or of another session (a written file, a noise run), are off."""
+        """How far outputs with these weights, or of another session (a written file, a noise run), are off.
+
+        Every process runs its share of the samples, and all know what all have found.
+        """
         difference = OutputsDifference()
         session: Session | None = None
-        for batch, reference in self.reference(samples):
+        for batch, reference in self.reference(self.share(samples)):
             if other is not None and session is None:
                 session = other()  # not before the reference is there: it may need the place
             outputs = self.run(batch, arrays) if session is None else real_outputs(session.run(batch.feeds), batch)
             difference.update(outputs, reference, len(batch.indices))
         del session
         self._sessions.rest()
-        return difference
+        found = OutputsDifference()
+        for part in self.world.gather(difference):
+            found.merge(part)
+        return found
 
     def _run(self, batch: Batch) -> Values:
         outputs = real_outputs(self._sessions.original().run(batch.feeds), batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ from onnx_optshift.run.budget import Budget, make_plan
 from onnx_optshift.run.identity import check_folder, checkpoint
 from onnx_optshift.run.masking import find_mask
 from onnx_optshift.run.weighing import output_rows, weighed
+from onnx_optshift.run.world import ALONE, World, check_same
 from onnx_optshift.settings import Settings
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ def prepare(
     make_up: bool = False,
     look_at_rows: bool = False,
     progress: Progress = SILENT,
+    world: World = ALONE,
 ) -> Prepared:
     """Opens a model and its data, and plans how its memory budget is kept.
 
@@ -103,14 +106,22 @@ def prepare(
         make_up: Whether random inputs serve where there is no data.
         look_at_rows: Whether it is measured how unequal the layers' output rows are, also where nothing weighs them.
         progress: Where long passes report to.
+        world: The processes that share the run. Each sees all data and the whole model.
+
+    Raises:
+        InputError: The model, the data or a setting cannot be used, or another process finds other ones.
     """
     check_folder(settings.checkpoint)
     source = ModelFile.load(model)
     selection = Selection(settings.nodes_to_include, settings.nodes_to_exclude, settings.op_types)
     weights, skips = discover(source, selection)
-    device = resolve_device(settings.device, settings.providers, allow_cpu_fallback=settings.allow_cpu_fallback)
+    fallback = settings.allow_cpu_fallback
+    device = resolve_device(
+        settings.device, settings.providers, allow_cpu_fallback=fallback, local_rank=world.local_rank
+    )
+    world.settle(device.solve)
     size, library = settings.batch_size or 1, settings.custom_op_library
-    bench = Bench.open(source, weights, device, batch_size=size, custom_op_library=library, progress=progress)
+    bench = Bench.open(source, weights, device, library, world, batch_size=size, progress=progress)
     specs = input_specs(source, settings)
     sources = calibration or (beside(source.path, specs) if source.path is not None else ())
     samples = find_calibration(source, sources, settings, heldout)
@@ -118,10 +129,15 @@ def prepare(
         if not (make_up and weights and source.inputs):
             return Prepared(source, bench, tuple(skips), None, settings, reads=tuple(heldout or ()))
         samples = _made_up(bench, specs, settings)
-    unreached = bench.unstackable(samples)
+    # What is measured on a few samples is measured by one process: the others must not find it a little different.
+    unreached = world.once(partial(bench.unstackable, samples))
     bench = bench.without({skip.weight for skip in unreached})
     data = arrange(source, samples, heldout, settings)
-    mask = find_mask(bench, samples, settings.row_mask)
+    if world.size > 1:  # digests of all samples may be no use to one process
+        sets = {"calibration set": data.calibration, "held-out set": data.heldout}
+        prints = {name: given.fingerprint for name, given in sets.items() if given is not None}
+        check_same(world, {"model": source.sha256, **prints})
+    mask = world.once(partial(find_mask, bench, samples, settings.row_mask))
     notes: tuple[str, ...] = ()
     if mask is not None:
         data, samples = _masked(data, mask), samples.masked(mask)
@@ -129,13 +145,14 @@ def prepare(
             f"positions where the input {mask!r} is 0 are no data: no other output depends on them. Their rows are "
             "left out, and outputs are compared at the others",
         )
-    done = checkpoint(settings.checkpoint, source, samples, device, library)
+    done = checkpoint(settings.checkpoint, source, samples, device, library, world)
     relative = settings.row_weighting == "relative" and settings.tolerance != 0
-    rows = output_rows(bench, samples) if relative or look_at_rows else {}
+    rows = world.once(partial(output_rows, bench, samples)) if relative or look_at_rows else {}
     bench = weighed(bench, rows) if relative else bench
     rounds = settings.objective == "range" and data.heldout is not None  # judged by rows of its own
     costs = bench.costs(samples, parts=1 + data.split + rounds, metric=settings.objective == "curvature")
-    plan = make_plan(costs, bench.weights, settings.batch_size, Budget.of(settings.max_memory, device.solve))
+    budget = Budget.least(world.gather(Budget.of(settings.max_memory, device.solve, world.local_size)))
+    plan = make_plan(costs, bench.weights, settings.batch_size, budget)
     size, kept, waves = plan.batch_size, plan.kept, plan.waves
     bench = replace(bench, batch_size=size, kept_bytes=kept, waves=waves, rows=costs.rows, checkpoint=done)
     coarse = settings.tolerance == "auto" or settings.tolerance >= LEAST_FOR_SINGLE
@@ -149,6 +166,8 @@ def prepare(
             if isinstance(tap.form, PatchRows)
         }
         bench = replace(bench, products=torch.float32, every=every)
+    if world.size > 1:
+        notes += (f"{world.size} processes shared the samples and the layers",)
     note = bench.sessions.original().note
     data = _warned(data, note) if note else data
     reads = (*sources, *(heldout or ()))

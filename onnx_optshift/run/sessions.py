@@ -33,10 +33,13 @@ _UNKNOWN = re.compile(r"(\S+:\w+)\(-?\d+\) is not a registered function/op|No Op
 class Sessions:
     """Opens sessions of a model, its copies with probes, and files made from it."""
 
-    def __init__(self, model: ModelFile, device: Device, custom_op_library: str | None = None) -> None:
+    def __init__(
+        self, model: ModelFile, device: Device, custom_op_library: str | None = None, threads: int | None = None
+    ) -> None:
         self._model = model
         self._device = device
         self._custom_op_library = custom_op_library
+        self._threads = threads  # within one operator; None lets ONNX Runtime choose
         self._kept: dict[tuple[str, ...], Session] = {}
         self._probe: tuple[frozenset[str], Session] | None = None  # the last one, with the values that it gives
         self._store = MappedStore()
@@ -50,6 +53,7 @@ class Sessions:
             InputError: ONNX Runtime cannot load it.
         """
         self._probe = None  # or one session more than was planned for would be open
+        options = {"threads": self._threads, **options}
         if self.large:
             self.rest()
             options = {"prepack": False, **options}
