@@ -55,7 +55,7 @@ def layer_reports(layers: Layers, candidate: Candidate, skips: tuple[Skip, ...])
 
 
 def _layer(weight: Weight, layers: Layers, candidate: Candidate) -> LayerReport:
-    solved, facts = candidate.solved[weight.name], candidate.facts.get(weight.name)
+    solved = candidate.solved[weight.name]
     shift = solved.shift
     status = "shifted" if solved.moved else "skipped" if shift.outcome in _BROKEN else "unchanged"
     return LayerReport(
@@ -69,8 +69,7 @@ def _layer(weight: Weight, layers: Layers, candidate: Candidate) -> LayerReport:
         m=weight.m,
         groups=weight.groups,
         rows=sum(layers.store.rows(use.tap) for use in weight.uses),
-        rank=facts.rank if facts else None,
-        free=facts.free if facts else None,
+        rank=shift.rank,
         tolerance=candidate.tolerance if solved.moved else None,
         norm_before=shift.norm_before,
         norm_after=shift.norm_after if solved.moved else shift.norm_before,
