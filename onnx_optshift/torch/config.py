@@ -7,10 +7,18 @@ from dataclasses import dataclass, fields
 
 from onnx_optshift.errors import InputError
 from onnx_optshift.settings import Settings
-from onnx_optshift.solve.objective import Objective, make_objective
+from onnx_optshift.solve.objective import Norm, Objective, Point, make_objective
+from onnx_optshift.solve.problem import Problem
 
 OBJECTIVES = ("norm", "range")
 TOLERANCES_OF = ("outputs", "layers")
+
+
+class _NormAlone(Norm):
+    """Of which nobody sees what other tolerances would give."""
+
+    def frontier(self, problem: Problem, tolerances: Sequence[float]) -> list[Point]:
+        return []
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,8 @@ class ShiftConfig:
 
     def make_objective(self) -> Objective:
         """What the solvers make small."""
+        if self.objective == "norm":
+            return _NormAlone()
         bits = self.quantization_bits
         assert not isinstance(bits, int)
         return make_objective(self.objective, bits, self.range_scope, self.range_block, self.range_levels)
