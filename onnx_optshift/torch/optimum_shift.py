@@ -62,6 +62,7 @@ class OptimumShift:
             does not carry back what the shift took away.
         recheck: A layer whose rows span all directions has no exact shift: it is looked at again at every so many
             shifts only.
+        group: The processes that train the model together, where it is not given in its DistributedDataParallel.
 
     Attributes:
         steps: Optimizer steps counted so far.
@@ -82,6 +83,7 @@ class OptimumShift:
         filter_fn: FilterFn | None = None,
         momentum: str = "keep",
         recheck: int = 10,
+        group: ranks.Group | None = None,
     ) -> None:
         numbers = {"every": every, "recheck": recheck} | ({"batch": batch} if isinstance(batch, int) else {})
         for name, value in numbers.items():
@@ -92,7 +94,7 @@ class OptimumShift:
         check_hooks_are_seen(model)
         self.steps = 0
         self.result: ShiftResult | None = None
-        self._group = ranks.group_of(model)
+        self._group = group or ranks.group_of(model)
         self._model = unwrapped(model)
         self._every, self._batch, self._filter = every, batch, filter_fn
         self._config = ShiftConfig(tolerance=tolerance, tolerance_of="layers", objective=objective)

@@ -24,6 +24,12 @@ def group_of(model: nn.Module) -> Group | None:
     return wrapped[0].process_group if wrapped else None
 
 
+def everyone() -> Group | None:
+    """All processes of a launcher such as torchrun; None where there is one."""
+    alone = not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1
+    return None if alone else distributed.group.WORLD
+
+
 def gathered(value: _Value, group: Group | None) -> list[_Value]:
     """The values of all ranks, in their order."""
     if group is None:
