@@ -162,7 +162,7 @@ def test_the_rank_of_a_layer():
     rows = (RNG.normal(size=(60, 3)) @ ROTATION[:3]).astype(np.float64)
     bench, samples = bench_of(rows.astype(np.float32), SIMPLEX.T)
     layers, weight = Layers(bench.weights, bench.statistics(samples), bench.model.initializer), bench.weights[0]
-    found = nc.layer_rank(weight, layers.survey()[weight.name], layers.spectrum(weight))
+    found = nc.layer_rank(weight, layers.survey()[weight.name], layers.factored.spectrum(weight))
     assert (found.d, found.rows, found.needed) == (D, 60, 3)
     assert 1 <= found.stable <= found.effective <= 3.01
 

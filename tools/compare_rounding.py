@@ -162,7 +162,7 @@ def measure(
         start, arrays, before = time.perf_counter(), {}, 0.0
         for weight in bench.weights:
             content = bench.model.initializer(weight.name)
-            matrix, gram = as_matrix(content, weight.form), layers.moments(weight).gram()
+            matrix, gram = as_matrix(content, weight.form), layers.factored.moments(weight).gram()
             if way.startswith("MagR"):
                 if weight.name not in narrow:
                     begun = time.perf_counter()

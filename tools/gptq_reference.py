@@ -87,7 +87,7 @@ def main() -> None:
     source, (weight,) = opened[0].model, layers.weights.values()
     judge = Judge(arguments.model, read_arrays(places[1]))
 
-    problem, gram = layers.problem(weight), layers.moments(weight).gram()
+    problem, gram = layers.problem(weight), layers.factored.moments(weight).gram()
     original, spectra = problem.matrix, (problem.spectrum, unseen.spectrum(weight))
     candidates = {"no shift": original}
     for tolerance in arguments.tolerance:
@@ -95,7 +95,7 @@ def main() -> None:
         candidates[f"{arguments.objective}, residual {tolerance:g}"] = found.matrix
         print(f"{arguments.objective} at {tolerance:g}: range {found.range_after / found.range_before:.3f} of before, "
               f"norm {found.norm_after / found.norm_before:.3f}, {found.iterations} iterations")  # fmt: skip
-    print(f"\n{weight.name} [{weight.d}, {weight.m}], {layers.moments(weight).rows} rows\n")
+    print(f"\n{weight.name} [{weight.d}, {weight.m}], {layers.factored.moments(weight).rows} rows\n")
     print("| bits | weight | quantizer | error, calibration | error, test | top-1 | NLL |")
     print("|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="gptq-reference-") as folder:

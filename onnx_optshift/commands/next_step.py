@@ -71,7 +71,7 @@ def predict(layers: Layers) -> tuple[float, float, int] | None:
         return None  # each would be captured again, or is known to other processes
     (grid,), start = make_grids((DEFAULT_BITS,)), time.perf_counter()
     fit = [w for w in layers.weights.values() if w.d <= WIDEST and w.groups == 1 and layers.blocked(w) is None]
-    fit = [weight for weight in fit if layers.representative(weight)]
+    fit = [weight for weight in fit if layers.factored.representative(weight)]
     fit.sort(key=lambda weight: weight.d)
     places = sorted({round(k * (len(fit) - 1) / (MOST_LAYERS - 1)) for k in range(MOST_LAYERS)}) if fit else []
     found = []

@@ -74,7 +74,7 @@ def layer_by_layer(bench: Bench, layers: Layers, samples: Samples, residual: flo
     solved: dict[str, Solved] = {}
     for weight in layers.weights.values():
         arrays = Candidate(solved, residual).arrays
-        layers.moments(weight)  # all processes capture them, before one solves
+        layers.factored.moments(weight)  # all processes capture them, before one solves
         held = capture_moved(bench, taps_of([weight]), samples, arrays) if arrays else {}
         solved[weight.name] = layers.at_owner(weight, partial(_solve, layers, weight, residual, held))
     return Candidate(solved, residual, layers.facts)
@@ -92,7 +92,7 @@ def _solve(layers: Layers, weight: Weight, residual: float, held: Mapping[Tap, P
     inverse = torch.where(spectrum.eigenvalues > 0, 1 / spectrum.eigenvalues, 0.0)
     # V* within the span of the new rows; beyond it the equation says nothing, and the smallest solution has nothing.
     center = spectrum.basis @ (inverse[..., None] * spectrum.coordinates(cross @ matrix))
-    target = float((matrix * (layers.moments(weight).gram() @ matrix)).sum())
+    target = float((matrix * (layers.factored.moments(weight).gram() @ matrix)).sum())
     reached = float((spectrum.eigenvalues[..., None] * spectrum.coordinates(center).square()).sum())
     scale = math.sqrt(max(target, 0.0))
     floor = math.sqrt(max(target - reached, 0.0)) / scale if scale else 0.0

@@ -30,7 +30,7 @@ def conditions(bench: Bench, layers: Layers, data: Data, *, exact: bool = False)
     """
     samples, outputs = data.calibration, bench.outputs
     loss, facts = loss_of(outputs, samples), layers.survey()
-    ranks = [layer_rank(w, facts[w.name], layers.spectrum(w)) for w in bench.weights if w.name in facts]
+    ranks = [layer_rank(w, facts[w.name], layers.factored.spectrum(w)) for w in bench.weights if w.name in facts]
     batch, values = next(iter(outputs.reference(samples)))
     output = _telling(loss, samples, batch, values)
     classes, features, width = np.zeros(0, np.int64), None, None

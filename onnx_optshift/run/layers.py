@@ -7,30 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial, reduce
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from onnx_optshift.capture.statistics import Moments, StatisticsStore
-from onnx_optshift.geometry import Tap
+from onnx_optshift.capture.statistics import StatisticsStore
 from onnx_optshift.graph.weights import Weight
 from onnx_optshift.quantize.rtn import Grid
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.candidate import Candidate, LayerFacts, Solved, facts_of, while_held
-from onnx_optshift.run.feature_curvature import metric_of
+from onnx_optshift.run.factored import Factored, stacked
 from onnx_optshift.run.ownership import ALL_HERE, Sharing
-from onnx_optshift.run.spanning import Spanning, representative
+from onnx_optshift.run.spanning import Spanning
 from onnx_optshift.solve.finish import as_matrix, finished
 from onnx_optshift.solve.grid_rounding import Start, on_grid
 from onnx_optshift.solve.objective import Norm, Objective
 from onnx_optshift.solve.problem import ROUNDING_UNIT, Problem
 from onnx_optshift.solve.rounding_error import output_errors
 from onnx_optshift.solve.shift import Outcome, Shift, obstacle
-from onnx_optshift.solve.spectrum import Spectrum, factor
-from onnx_optshift.solve.weighted_norm import Metric
-from onnx_optshift.stats.moments import InputMoments
 
 # Directions, as a share of all, that a rank rises by from a part of the samples to all of them while it still grows.
 MORE_RANK = 0.01
@@ -57,6 +53,7 @@ class Layers:
         spanning: Factorizations of taps that needed no more rows, where captures looked for these.
 
     Attributes:
+        factored: Rows of every weight, and their factorizations.
         candidate: Shifts of all weights at one residual tolerance per layer, wave by wave.
         facts: What is known of each layer that was looked at, by initializer name.
         part: The same layers by a part of the same samples; None where there are none.
@@ -79,21 +76,18 @@ class Layers:
     ) -> None:
         self.weights = {weight.name: weight for weight in weights}
         self.store = store
+        self.factored = Factored(store, slopes, spanning)
         self.objective: Objective = objective or Norm()
         self.facts: dict[str, LayerFacts] = {}
         self.part: Layers | None = None
         self._content = content
         self._device = device
-        self._slopes = slopes
         self._judge = judge
         self._grids = tuple(grids)
         self.sharing = sharing
         self._progress = progress
-        self._spanning = spanning
-        # Of the wave that is held. (moments it was made from, factorization): moments captured anew make it stale.
-        self._spectra: dict[tuple[Tap, ...], tuple[InputMoments, Spectrum]] = {}
         self._last: tuple[str, Problem] | None = None  # a layer is looked at and solved in a row
-        self._metrics: dict[tuple[Tap, ...], tuple[Metric | None, str]] = {}
+        self._finite: dict[str, bool] = {}  # whether all entries of a weight are
         self.candidate = while_held(self._candidate, sharing.world)
         # Solutions that had an objection: the search for a tolerance comes back to the same residuals.
         self._objections: dict[tuple[str, float], Solved] = {}
@@ -115,10 +109,10 @@ class Layers:
         threads = torch.get_num_threads()
         try:
             with self._progress.stage(stage, len(self.weights)) as advance:
-                for weight in sorted(self.weights.values(), key=self._wave):
-                    self.store.load(self._wave(weight))
+                for weight in sorted(self.weights.values(), key=self.factored.wave):
+                    self.store.load(self.factored.wave(weight))
                     if judged and self.blocked(weight) is None:
-                        (self._judge or self.store).load(self._wave(weight))
+                        (self._judge or self.store).load(self.factored.wave(weight))
                     # Solvers of small layers take many short steps, at each of which threads wait for one another:
                     # 6 times the processor time and 8 times the wall clock were measured on a busy machine.
                     torch.set_num_threads(threads if weight.groups * weight.d * weight.m >= THREADED else 1)
@@ -130,7 +124,7 @@ class Layers:
 
     def survey(self) -> Mapping[str, LayerFacts]:
         """Looks at every layer, wave by wave, without solving; what it finds is in `facts`."""
-        for weight in sorted(self.weights.values(), key=self._wave):
+        for weight in sorted(self.weights.values(), key=self.factored.wave):
             if weight.name not in self.facts and self.blocked(weight) is None:
                 self.problem(weight)
         return self.facts
@@ -181,7 +175,7 @@ class Layers:
     def judging(self, weight: Weight) -> torch.Tensor:
         """AᵀA `[g, d, d]` of rows that did not fit a weight; of those that did where there are no others."""
         store = self._judge or self.store
-        return _stacked(store.load(store.wave_of(weight.uses[0].tap)), weight).gram()
+        return stacked(store.load(self.factored.wave(weight)), weight).gram()
 
     def finish(self, weight: Weight, problem: Problem, shift: Shift, residual: float) -> Solved:
         """A solution as it would stand in the file; where the objective finds that not worth it, the weight stays."""
@@ -190,11 +184,18 @@ class Layers:
         objection = self.objective.objection(problem, written, residual)
         if objection is not None:
             return _unmoved(Shift.unchanged(problem.matrix, objection, rank=shift.rank))
-        return self.measured(weight, problem, shift, array)
+        return self.measured(weight, problem, shift, array, written)
 
-    def measured(self, weight: Weight, problem: Problem, shift: Shift, array: NDArray[np.generic]) -> Solved:
-        """Other content of a weight's initializer, with its figures; the shift says how it came about."""
-        written = as_matrix(array, weight.form, self._device)
+    def measured(
+        self,
+        weight: Weight,
+        problem: Problem,
+        shift: Shift,
+        array: NDArray[np.generic],
+        written: torch.Tensor | None = None,
+    ) -> Solved:
+        """Other content of a weight's initializer (`written` as a matrix), with its figures; the shift says how."""
+        written = as_matrix(array, weight.form, self._device) if written is None else written
         now = Shift.unchanged(written, shift.outcome)
         # The solution in float64 has done its work; a model's worth of them would be twice its size.
         shift = replace(shift, matrix=torch.empty(0), norm_after=now.norm_before, range_after=now.range_before)
@@ -209,44 +210,22 @@ class Layers:
 
     def problem(self, weight: Weight) -> Problem:
         """The equation of one weight; notes its facts the first time."""
-        spectrum = self.spectrum(weight)
+        spectrum = self.factored.spectrum(weight)
         if self._last is not None and self._last[0] == weight.name and self._last[1].spectrum is spectrum:
             return self._last[1]
-        metric, note = self._metric(weight, spectrum)
+        metric, note = self.factored.metric(weight)
         problem = Problem(spectrum, self.matrix(weight), ROUNDING_UNIT[weight.dtype], metric, note)
         self._last = (weight.name, problem)
         if weight.name not in self.facts:
-            rows, whole = self.moments(weight).rows, self.representative(weight)
+            rows, whole = self.factored.moments(weight).rows, self.factored.representative(weight)
             self.facts[weight.name] = facts_of(problem, self.objective, self._grids, rows, representative=whole)
         return problem
 
     def matrix(self, weight: Weight) -> torch.Tensor:
         """V `[g, d, m]` of a weight, float64 on the solvers' device."""
+        if self._last is not None and self._last[0] == weight.name:
+            return self._last[1].matrix
         return as_matrix(self._content(weight.name), weight.form, self._device)
-
-    def moments(self, weight: Weight) -> InputMoments:
-        """Moments of all rows that meet a weight: those of its uses, stacked; loads its wave."""
-        return _stacked(self.store.load(self._wave(weight)), weight)
-
-    def spectrum(self, weight: Weight) -> Spectrum:
-        """Factorization of the rows that meet a weight; loads its wave."""
-        key, wave = _key(weight), self._wave(weight)
-        held = self.store.load(wave)
-        if key not in self._spectra or self._spectra[key][0] is not held[key[0]]:
-            stale = [k for k, (moments, _) in self._spectra.items() if held.get(k[0]) is not moments]
-            for k in stale:
-                self._spectra.pop(k)
-                self._metrics.pop(k, None)
-            self._spectra[key] = (held[key[0]], self._stopped(weight) or factor(_stacked(held, weight)))
-        return self._spectra[key][1]
-
-    def _stopped(self, weight: Weight) -> Spectrum | None:
-        """Factorization of a weight's rows where the capture ended with them, as they span; None elsewhere."""
-        if self._spanning is None or len(weight.uses) > 1:
-            return None
-        tap = weight.uses[0].tap
-        moments, spectrum = self._spanning.spectra.get(tap, (None, None))
-        return spectrum if moments is self.store.load(self._wave(weight))[tap] else None
 
     def _solve(self, weight: Weight, problem: Problem, residual: float) -> Solved:
         shift = self.objective.solve(problem, residual)
@@ -257,42 +236,17 @@ class Layers:
             self._objections[weight.name, residual] = solved
         return solved
 
-    def representative(self, weight: Weight) -> bool:
-        """Whether the rows say what all rows would: they are all, or were many when the capture ended."""
-        return self._stopped(weight) is None or representative(self.moments(weight))
-
     def blocked(self, weight: Weight) -> Outcome | None:
         """Why there is no equation to solve."""
-        moments = self.moments(weight)
+        moments = self.factored.moments(weight)
         if moments.nonfinite:
             return Outcome.NONFINITE_ROWS
-        if not bool(torch.isfinite(self.matrix(weight)).all()):
+        if weight.name not in self._finite:
+            self._finite[weight.name] = bool(np.isfinite(self._content(weight.name)).all())
+        if not self._finite[weight.name]:
             return Outcome.NONFINITE_WEIGHT
         return Outcome.NO_ROWS if moments.rows == 0 else None
-
-    def _metric(self, weight: Weight, spectrum: Spectrum) -> tuple[Metric | None, str]:
-        """The norm that earlier weights give a weight, or why it is the plain one."""
-        if self._slopes is None:
-            return None, ""
-        key = _key(weight)
-        if key not in self._metrics:
-            slopes = _stacked(self._slopes.load(self._wave(weight)), weight)
-            self._metrics[key] = metric_of(spectrum, slopes)
-        return self._metrics[key]
-
-    def _wave(self, weight: Weight) -> int:
-        return self.store.wave_of(weight.uses[0].tap)
 
 
 def _unmoved(shift: Shift) -> Solved:
     return Solved(replace(shift, matrix=torch.empty(0)), None, 0.0)
-
-
-def _stacked(moments: Moments, weight: Weight) -> InputMoments:
-    """Moments of all uses of a weight, as one."""
-    return reduce(lambda a, b: a.merge(b), (moments[use.tap] for use in weight.uses))
-
-
-def _key(weight: Weight) -> tuple[Tap, ...]:
-    """What tells apart the rows of weights. Uses at the same tap must count twice: the rows are stacked twice."""
-    return tuple(sorted((use.tap for use in weight.uses), key=repr))

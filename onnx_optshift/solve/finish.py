@@ -12,10 +12,10 @@ from onnx_optshift.geometry import WeightForm
 
 def as_matrix(content: NDArray[np.generic], form: WeightForm, device: str = "cpu") -> Tensor:
     """An initializer's content as the matrix V `[g, d, m]`, float64."""
-    matrix = np.ascontiguousarray(form.to_matrix(content).astype(np.float64))
+    matrix = form.to_matrix(content).astype(np.float64, order="C")
     return torch.from_numpy(matrix).to(device)
 
 
 def finished(matrix: Tensor, form: WeightForm, dtype: np.dtype[np.generic]) -> NDArray[np.generic]:
     """A solution `[g, d, m]` as the initializer's content, in its shape and dtype."""
-    return form.from_matrix(matrix.cpu().numpy()).astype(dtype)
+    return form.from_matrix(matrix.cpu().numpy().astype(dtype))

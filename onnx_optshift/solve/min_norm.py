@@ -39,7 +39,7 @@ def solve_in(coordinates: Coordinates, *, residual: float | None = None) -> Shif
     if blocked is None and coordinates.full_rank:
         blocked = Outcome.FULL_RANK
     if blocked is None:
-        norm = float(matrix.square().sum())
+        norm = float(torch.linalg.vector_norm(matrix)) ** 2
         kept = float(coordinates.coefficients.square().sum(-1)[coordinates.kept].sum())
         # The shift is a projection: the second time it changes nothing but what rounding left.
         if 1 - kept / norm < least_gain(coordinates.rounding_unit):

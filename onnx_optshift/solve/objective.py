@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from onnx_optshift.quantize.rtn import Grid
@@ -84,7 +85,7 @@ class Norm:
 
     def measure(self, problem: Problem, matrix: Tensor) -> float:
         """‖W‖_F."""
-        return math.sqrt(float(matrix.square().sum()))
+        return float(torch.linalg.vector_norm(matrix))
 
     def frontier(self, problem: Problem, tolerances: Sequence[float]) -> list[Point]:
         """From the one factorization."""

@@ -39,4 +39,4 @@ class Problem:
 
     def residual(self, matrix: Tensor) -> float:
         """‖A(W - V)‖_F / ‖A V‖_F of a matrix W `[g, d, m]`."""
-        return relative_residual(self.spectrum, self.matrix, matrix)
+        return relative_residual(self.spectrum, self.matrix, matrix, self.coordinates.total)

@@ -164,25 +164,28 @@ class Coordinates:
         )
 
 
-def relative_residual(spectrum: Spectrum, before: Tensor, after: Tensor) -> float:
+def relative_residual(spectrum: Spectrum, before: Tensor, after: Tensor, total: float | None = None) -> float:
     """‖A(W - V)‖_F / ‖A V‖_F of any two matrices, from the eigenbasis alone.
 
     Args:
         spectrum: Eigenbasis of the rows.
         before: V `[g, d, m]`, any floating dtype.
         after: W `[g, d, m]`.
+        total: ‖A V‖_F², where it is known.
 
     Returns:
         0 when both are 0, infinity when only A V is.
     """
     basis = spectrum.basis
     weights = spectrum.eigenvalues[..., None]
-    moved = total = 0.0
+    moved = whole = 0.0
     for start in range(0, before.shape[-1], _COLUMNS):
         old, new = before[..., start : start + _COLUMNS], after[..., start : start + _COLUMNS]
         # The difference is taken before the product: it is many orders of magnitude smaller than either.
         moved += float((weights * spectrum.coordinates(new.to(basis) - old.to(basis)).square()).sum())
-        total += float((weights * spectrum.coordinates(old).square()).sum())
-    if total == 0:
+        if total is None:
+            whole += float((weights * spectrum.coordinates(old).square()).sum())
+    whole = whole if total is None else total
+    if whole == 0:
         return 0.0 if moved == 0 else math.inf
-    return math.sqrt(moved / total)
+    return math.sqrt(moved / whole)

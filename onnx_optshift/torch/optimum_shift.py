@@ -230,7 +230,7 @@ class OptimumShift:
             for key in _MOMENTUM_STATES:
                 buffer = state.get(key)
                 if candidate.solved[weight.name].moved and isinstance(buffer, Tensor):
-                    array, spectrum = as_array(buffer), layers.spectrum(weight)
+                    array, spectrum = as_array(buffer), layers.factored.spectrum(weight)
                     matrix = as_matrix(array, weight.form, str(spectrum.basis.device))
                     # The exact shift of any matrix is its projection on the rows' space.
                     shift = min_norm.solve(spectrum, matrix, ROUNDING_UNIT[weight.dtype])
