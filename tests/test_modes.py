@@ -159,9 +159,9 @@ def test_so_it_is_after_backing_off(mode, monkeypatch):
     """The first file is refused: what is written then is another candidate, with another figure."""
     prove, first = publish.Prover.prove, []
 
-    def refuse_first(prover, written, arrays, promise):
-        sha256, proof = prove(prover, written, arrays, promise)
-        first.append(written.temp_path.read_bytes())
+    def refuse_first(prover, path, arrays, promise):
+        sha256, proof = prove(prover, path, arrays, promise)
+        first.append(path.read_bytes())
         return sha256, replace(proof, passed=len(first) > 1)
 
     monkeypatch.setattr(publish.Prover, "prove", refuse_first)
