@@ -86,9 +86,12 @@ class Sessions:
         return self._kept.get(key) or self._kept_or_open(key, probe_model(self._model, (), key))
 
     def probe(self, taps: Sequence[Tap], overridable: Sequence[str] = ()) -> Session:
-        """The original model with the values of these taps as outputs; kept until another session is opened."""
+        """The original model with the values of these taps as outputs; kept until another session is opened.
+
+        One with more outputs would not do: what ONNX Runtime fuses depends on them, and so may the last bit of a value.
+        """
         values = frozenset(tap.value for tap in taps)
-        if self._probe is not None and not overridable and values <= self._probe[0]:
+        if self._probe is not None and not overridable and values == self._probe[0]:
             return self._probe[1]
         session = self.open(probe_model(self._model, taps, overridable))
         if not (self.large or overridable):
