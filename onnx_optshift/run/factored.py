@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from functools import reduce
+from weakref import WeakKeyDictionary
+
+import torch
 
 from onnx_optshift.capture.statistics import Moments, StatisticsStore
 from onnx_optshift.geometry import Tap
 from onnx_optshift.graph.weights import Weight
+from onnx_optshift.run.checkpoint import content
 from onnx_optshift.run.feature_curvature import metric_of
 from onnx_optshift.run.spanning import Spanning, representative
+from onnx_optshift.run.threads import threads_for
 from onnx_optshift.solve.spectrum import Spectrum, factor
 from onnx_optshift.solve.weighted_norm import Metric
 from onnx_optshift.stats.moments import InputMoments
@@ -21,6 +26,9 @@ class Factored:
         store: Moments of every tap.
         slopes: Moments of how far earlier weights move the rows of every tap; None where no metric is wanted.
         spanning: Factorizations of taps that needed no more rows, where captures looked for these.
+
+    Attributes:
+        threads: That a step of a solver may take at most.
     """
 
     def __init__(
@@ -29,9 +37,11 @@ class Factored:
         self._store = store
         self._slopes = slopes
         self._spanning = spanning
+        self.threads = torch.get_num_threads()
         # Of the wave that is held. (moments it was made from, factorization): moments captured anew make it stale.
         self._spectra: dict[tuple[Tap, ...], tuple[InputMoments, Spectrum]] = {}
         self._metrics: dict[tuple[Tap, ...], tuple[Metric | None, str]] = {}
+        self._hashes: WeakKeyDictionary[InputMoments, str] = WeakKeyDictionary()
 
     def wave(self, weight: Weight) -> int:
         """Number of the wave that a weight's taps belong to."""
@@ -49,7 +59,8 @@ class Factored:
             for k in stale:
                 self._spectra.pop(k)
                 self._metrics.pop(k, None)
-            self._spectra[key] = (held[key[0]], self._stopped(weight) or factor(stacked(held, weight)))
+            with threads_for(weight.groups * weight.d**2, self.threads):
+                self._spectra[key] = (held[key[0]], self._stopped(weight) or factor(stacked(held, weight)))
         return self._spectra[key][1]
 
     def metric(self, weight: Weight) -> tuple[Metric | None, str]:
@@ -58,12 +69,28 @@ class Factored:
             return None, ""
         key, spectrum = _key(weight), self.spectrum(weight)
         if key not in self._metrics:
-            self._metrics[key] = metric_of(spectrum, stacked(self._slopes.load(self.wave(weight)), weight))
+            slopes = stacked(self._slopes.load(self.wave(weight)), weight)
+            with threads_for(weight.groups * weight.d**2, self.threads):
+                self._metrics[key] = metric_of(spectrum, slopes)
         return self._metrics[key]
 
     def representative(self, weight: Weight) -> bool:
         """Whether the rows say what all rows would: they are all, or were many when the capture ended."""
         return self._stopped(weight) is None or representative(self.moments(weight))
+
+    def hashes(self, weight: Weight) -> list[str]:
+        """Of the content of all statistics that a weight's equation is made from."""
+        stopped = self._stopped(weight)
+        found = [] if stopped is None else [content(stopped.eigenvalues, stopped.basis)]
+        for store in (self._store, *((self._slopes,) if self._slopes is not None else ())):
+            held = store.load(self.wave(weight))
+            found += [self._hash(held[use.tap]) for use in weight.uses]
+        return found
+
+    def _hash(self, moments: InputMoments) -> str:
+        if moments not in self._hashes:
+            self._hashes[moments] = content(*moments.state().values())
+        return self._hashes[moments]
 
     def _stopped(self, weight: Weight) -> Spectrum | None:
         """Factorization of a weight's rows where the capture ended with them, as they span; None elsewhere."""
@@ -76,7 +103,7 @@ class Factored:
 
 def stacked(moments: Moments, weight: Weight) -> InputMoments:
     """Moments of all uses of a weight, as one."""
-    return reduce(lambda a, b: a.merge(b), (moments[use.tap] for use in weight.uses))
+    return reduce(lambda a, b: a.merge(b), (moments[tap] for tap in _key(weight)))
 
 
 def _key(weight: Weight) -> tuple[Tap, ...]:

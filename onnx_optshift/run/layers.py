@@ -21,7 +21,9 @@ from onnx_optshift.run.candidate import Candidate, LayerFacts, Solved, facts_of,
 from onnx_optshift.run.factored import Factored, stacked
 from onnx_optshift.run.ownership import ALL_HERE, Sharing
 from onnx_optshift.run.spanning import Spanning
+from onnx_optshift.run.threads import threads_for
 from onnx_optshift.solve.finish import as_matrix, finished
+from onnx_optshift.solve.grid_choice import choose, choose_residual
 from onnx_optshift.solve.grid_rounding import Start, on_grid
 from onnx_optshift.solve.objective import Norm, Objective
 from onnx_optshift.solve.problem import ROUNDING_UNIT, Problem
@@ -30,8 +32,6 @@ from onnx_optshift.solve.shift import Outcome, Shift, obstacle
 
 # Directions, as a share of all, that a rank rises by from a part of the samples to all of them while it still grows.
 MORE_RANK = 0.01
-# Entries of a weight from which on its solver takes several threads.
-THREADED = 2**19
 
 
 class Layers:
@@ -106,21 +106,15 @@ class Layers:
 
     def each(self, stage: str, *, judged: bool = False, all_of_them: bool = False) -> Iterator[Weight]:
         """This process's weights, or all of them, wave by wave, as one stage; `judged` if it asks for judging rows."""
-        threads = torch.get_num_threads()
-        try:
-            with self._progress.stage(stage, len(self.weights)) as advance:
-                for weight in sorted(self.weights.values(), key=self.factored.wave):
-                    self.store.load(self.factored.wave(weight))
-                    if judged and self.blocked(weight) is None:
-                        (self._judge or self.store).load(self.factored.wave(weight))
-                    # Solvers of small layers take many short steps, at each of which threads wait for one another:
-                    # 6 times the processor time and 8 times the wall clock were measured on a busy machine.
-                    torch.set_num_threads(threads if weight.groups * weight.d * weight.m >= THREADED else 1)
-                    if all_of_them or self.sharing.owns(weight):
+        with self._progress.stage(stage, len(self.weights)) as advance:
+            for weight in sorted(self.weights.values(), key=self.factored.wave):
+                self.store.load(self.factored.wave(weight))
+                if judged and self.blocked(weight) is None:
+                    (self._judge or self.store).load(self.factored.wave(weight))
+                if all_of_them or self.sharing.owns(weight):
+                    with threads_for(weight.groups * weight.d * weight.m, self.factored.threads):
                         yield weight
-                    advance(1)
-        finally:
-            torch.set_num_threads(threads)
+                advance(1)
 
     def survey(self) -> Mapping[str, LayerFacts]:
         """Looks at every layer, wave by wave, without solving; what it finds is in `facts`."""
@@ -171,6 +165,11 @@ class Layers:
         if part is None:
             return facts.free > 0 and facts.rows <= facts.rank
         return part.free - facts.free > max(1, MORE_RANK * weight.groups * weight.d)
+
+    def start(self, weight: Weight, most: float, *, snap: bool) -> Start:
+        """From where a weight is best rounded, at a residual of so much at most; only narrowed unless `snap`."""
+        problem, judge, grids = self.problem(weight), self.judging(weight), self.objective.grids
+        return choose(problem, grids[0], judge, most) if snap else Start(choose_residual(problem, grids, judge, most))
 
     def judging(self, weight: Weight) -> torch.Tensor:
         """AᵀA `[g, d, d]` of rows that did not fit a weight; of those that did where there are no others."""

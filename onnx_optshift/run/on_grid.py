@@ -7,7 +7,6 @@ from dataclasses import replace
 
 from onnx_optshift.run.candidate import Candidate, Solved
 from onnx_optshift.run.layers import Layers
-from onnx_optshift.solve.grid_choice import choose, choose_residual
 from onnx_optshift.solve.grid_rounding import Start
 from onnx_optshift.solve.shift import Outcome
 
@@ -22,15 +21,10 @@ def best_starts(layers: Layers, most: float, *, snap: bool) -> dict[str, Start]:
         most: Largest residual that a layer may have.
         snap: Whether weights are going to lie on the grid; they are only made narrow for it otherwise.
     """
-    grids = layers.objective.grids
     found: dict[str, Start] = {}
     for weight in layers.each("choose residuals", judged=True):
         if layers.blocked(weight) is None:
-            problem, judge = layers.problem(weight), layers.judging(weight)
-            if snap:
-                found[weight.name] = choose(problem, grids[0], judge, most)
-            else:
-                found[weight.name] = Start(choose_residual(problem, grids, judge, most))
+            found[weight.name] = layers.start(weight, most, snap=snap)
     everywhere = {name: start for part in layers.sharing.world.gather(found) for name, start in part.items()}
     return {name: everywhere[name] for name in layers.weights if name in everywhere}
 
