@@ -143,6 +143,7 @@ def report(**changes):
         "heldout_result": heldout(trial(accepted=False, reason="held-out loss rises")),
         "timing": Timing(1.0, 2.0, 3.0, 7.0),
         "peak_memory_bytes": 300 * 2**20,
+        "predicted_memory_bytes": 320 * 2**20,
         "warnings": ("few samples.",),
         "summary": "1 of 2 layers shifted.",
     }

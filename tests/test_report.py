@@ -49,7 +49,7 @@ from onnx_optshift.report.sections import sections
 ESTIMATE = "value error"
 SCHEMA = {
     "": "schema tool model settings device calibration heldout layers verification heldout_result quantization "
-    "flatness collapse timing peak_memory_bytes",
+    "flatness collapse timing peak_memory_bytes predicted_memory_bytes",
     "tool": "version",
     "model": "input output sha256_in sha256_out opset ir_version",
     "device": "requested capture solve",
@@ -259,7 +259,7 @@ def test_what_a_shift_says():
         "exact 87.50 % 75.00 % 100.00 % 0.1 60.00 % 50.00 % 70.00 %",
         "calibration 1000 samples, 10 classes, calibration.npz",
         "time 7.0 s, capture 1.0, solve 2.0, verify 3.0",
-        "peak memory 300 MiB",
+        "peak memory 300 MiB, predicted 320 MiB",
         "warning: few samples.",
     ):
         assert part in found, part

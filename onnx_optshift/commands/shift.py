@@ -24,6 +24,7 @@ from onnx_optshift.graph.modelfile import ModelFile
 from onnx_optshift.report.build import Clock, Findings, build_report
 from onnx_optshift.report.model import Report
 from onnx_optshift.report.progress import SILENT, Progress
+from onnx_optshift.run.budget import peak_memory
 from onnx_optshift.run.capture import captured, objective_of
 from onnx_optshift.run.prepare import Prepared, judges_nothing, prepare
 from onnx_optshift.run.world import ALONE, World
@@ -141,4 +142,4 @@ def _report(found: Findings, clock: Clock, warnings: tuple[str, ...], few: str) 
         where += f"; {more}"
     summary = shift_summary(report.layers, found.verification, where, written=found.output is not None)
     report = replace(report, summary=summary, next_step=next_step(report, found.layers))
-    return replace(report, timing=clock.timing())
+    return replace(report, timing=clock.timing(), peak_memory_bytes=peak_memory())

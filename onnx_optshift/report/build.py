@@ -99,6 +99,7 @@ def build_report(findings: Findings, clock: Clock, **rest: Any) -> schema.Report
         checkpoint=prepared.bench.checkpoint.report(),
         timing=clock.timing(),
         peak_memory_bytes=peak_memory(),
+        predicted_memory_bytes=prepared.predicted_memory,
         decisions=(*prepared.notes, *(decision.notes if decision else ())),
         **{"warnings": data.warnings if data else (), **rest},
     )

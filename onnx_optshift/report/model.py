@@ -264,6 +264,7 @@ class Report:
     checkpoint: CheckpointInfo | None = None
     timing: Timing
     peak_memory_bytes: int | None = None
+    predicted_memory_bytes: int | None = None  # the peak, as planned before the run
     warnings: tuple[str, ...] = ()  # for the user to act on
     decisions: tuple[str, ...] = ()  # which ways were tried and which was taken
     summary: str  # how it went, in a sentence

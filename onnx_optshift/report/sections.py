@@ -224,13 +224,15 @@ def _run(report: Report) -> Section:
     timing, memory, device = report.timing, report.peak_memory_bytes, report.device
     judged = f" (of it judging {timing.judge:.1f})" if timing.judge else ""
     stages = f"capture {timing.capture:.1f}, solve {timing.solve:.1f}{judged}, verify {timing.verify:.1f}"
+    predicted = report.predicted_memory_bytes
+    planned = f"predicted {predicted / 2**20:.0f} MiB" if predicted else ""
     rows = [
         Fact("device", device.note or f"{device.capture}, {device.solve}"),
         *_data("calibration", report.calibration),
         *(_data("held-out", report.heldout) if report.heldout else []),
         *([_checkpoint(report.checkpoint)] if report.checkpoint else []),
         Fact("time", f"{timing.total:.1f} s", stages),
-        Fact("peak memory", f"{memory / 2**20:.0f} MiB" if memory else None),
+        Fact("peak memory", f"{memory / 2**20:.0f} MiB" if memory else None, planned),
     ]
     digests = {
         f"{label} fingerprint": data.fingerprint if data else None
