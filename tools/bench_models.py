@@ -140,7 +140,7 @@ def photographs(samples: int, side: int) -> NDArray[np.float32]:
 
 
 def wide_mlp(folder: Path, samples: int, *, features: int = 1024, width: int = 4096) -> None:
-    """Two hidden layers of one width; inputs are correlated, and one in eight of them is never used, as pixels at edges."""
+    """Two hidden layers of one width; inputs are correlated, and one in eight is never used, as pixels at edges."""
     graph = Random(0)
     x = graph.node("Relu", [graph.linear("x", "fc1", features, width, math.sqrt(2))], "relu1")
     x = graph.node("Relu", [graph.linear(x, "fc2", width, width, math.sqrt(2))], "relu2")

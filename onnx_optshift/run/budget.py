@@ -29,8 +29,10 @@ _logger = logging.getLogger(__name__)
 DEFAULT_BATCH_SIZE = 32
 # Share of the memory that is free at the start which a run may take when --max-memory does not say.
 FREE_MEMORY_SHARE = 0.8
-# Outputs of the original model are kept up to this size, and computed again on each pass beyond it.
-KEPT_OUTPUT_BYTES = 512 * 2**20
+# Outputs of the original model are kept in memory up to this size, so that a run's peak does not grow with its samples;
+# then in files up to the other one. Beyond both they are computed again on each pass.
+KEPT_OUTPUT_BYTES = 16 * 2**20
+KEPT_IN_FILES = 4 * 2**30
 # What the process grows by whatever the model: kernels and thread pools of torch and ONNX Runtime, on first use.
 LIBRARIES = 96 * 2**20
 # Working sets, in multiples of what is factored and of the weight in float64.
@@ -130,7 +132,7 @@ class Costs:
 
     @property
     def kept(self) -> int:
-        """Outputs of the original that stay in memory; those of a large model go to a file."""
+        """Outputs of the original that stay in memory; the others, and all of a large model, go to a file."""
         return 0 if self.apart else min(KEPT_OUTPUT_BYTES, self.outputs * self.samples)
 
 

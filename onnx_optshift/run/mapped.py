@@ -38,13 +38,13 @@ class MappedStore:
         self._used = 0
         self._maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
-    def keep(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The same array, read only, in a file; small ones, and those of Python objects, as they are.
+    def keep(self, array: NDArray[Any], least: int = MAPPED_FROM) -> NDArray[Any]:
+        """The same array, read only, in a file; those of fewer bytes, and of Python objects, as they are.
 
         Raises:
             InputError: There is no space left for it.
         """
-        if array.nbytes < MAPPED_FROM or array.dtype.hasobject:
+        if array.nbytes < least or array.dtype.hasobject:
             return array
         data = np.ascontiguousarray(array)
         try:

@@ -1,12 +1,12 @@
-"""Outputs of the original model and of trials beside it, batch by batch, kept within one byte budget.
+"""Outputs of the original model and of trials beside it, batch by batch, kept in little memory: the rest in a file.
 
 Trials never touch a file: one session has the weights as overridable inputs, and each trial feeds its own.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,21 @@ from onnx_optshift.calibration.source import Batch, Samples
 from onnx_optshift.capture.session import Session
 from onnx_optshift.capture.stream import real_outputs
 from onnx_optshift.prove.compare import OutputsDifference
+from onnx_optshift.run.budget import KEPT_IN_FILES
 from onnx_optshift.run.candidate import Arrays
 from onnx_optshift.run.sessions import Sessions
 from onnx_optshift.run.world import ALONE, World
 
 Values = dict[str, NDArray[Any]]
+
+
+@dataclass
+class _Kept:
+    """Outputs of the original on one set of samples, batch by batch."""
+
+    batches: list[Values]
+    memory: int = 0  # bytes of them in memory
+    files: int = 0  # bytes of them in files
 
 
 class Outputs:
@@ -33,9 +43,8 @@ class Outputs:
         self._sessions = sessions
         self._names = tuple(names)
         self._batch_size = batch_size
-        self._room = kept_bytes  # for outputs of the original, over all sets of samples together
-        # By fingerprint, the least recently used first.
-        self._kept: OrderedDict[str, list[Values]] = OrderedDict()
+        self._room = kept_bytes  # for outputs of the original in memory, over all sets of samples together
+        self._kept: dict[str, _Kept] = {}  # by fingerprint of the samples
 
     def share(self, samples: Samples) -> Samples:
         """Those of some samples that are this process's to run."""
@@ -47,25 +56,22 @@ class Outputs:
         kept = self._kept.get(samples.fingerprint)
         if kept is None and len(samples) and self._sessions.large and self._fits_on_disk(samples):
             # All of them first: what the caller runs on each batch needs a session of its own.
-            kept = [self._run(batch) for batch in samples.batches(self._batch_size)]
+            kept = _Kept([self._run(batch) for batch in samples.batches(self._batch_size)])
             self._kept[samples.fingerprint] = kept
             self._sessions.rest()
         if kept is not None:
-            self._kept.move_to_end(samples.fingerprint)
-            yield from zip(batches, kept, strict=True)
+            for pair in zip(batches, kept.batches, strict=True):
+                yield pair
+                self._sessions.let_go()
             return
-        found: list[Values] = []
-        held = 0
+        found = _Kept([])
+        whole = not self._sessions.large
         for batch in batches:
             outputs = self._run(batch)
-            held += _bytes(outputs)
-            if held <= self._room and not self._sessions.large:
-                self._make_room(held)
-                found.append(outputs)
-            else:
-                found.clear()
+            whole = whole and self._keep(outputs, found)
+            found = found if whole else _Kept([])
             yield batch, outputs
-        if found:
+        if whole:
             self._kept[samples.fingerprint] = found
 
     def trial(self, samples: Samples, arrays: Arrays) -> Iterator[tuple[Batch, Values, Values]]:
@@ -110,9 +116,18 @@ class Outputs:
         self._sessions.rest()
         return 2 * len(samples) * one < self._sessions.disk_space()
 
-    def _make_room(self, wanted: int) -> None:
-        while self._kept and wanted + sum(_bytes(v) for kept in self._kept.values() for v in kept) > self._room:
-            self._kept.popitem(last=False)
+    def _keep(self, outputs: Values, found: _Kept) -> bool:
+        """Keeps outputs of one more batch: in memory while there is room, then in a file; False where neither has."""
+        size, sets = _bytes(outputs), [*self._kept.values(), found]
+        if sum(kept.memory for kept in sets) + size <= self._room:
+            found.memory += size
+        elif sum(kept.files for kept in sets) + size <= KEPT_IN_FILES and 2 * size <= self._sessions.disk_space():
+            found.files += size
+            outputs = {name: self._sessions.in_file(value) for name, value in outputs.items()}
+        else:
+            return False
+        found.batches.append(outputs)
+        return True
 
 
 def _bytes(values: Values) -> int:

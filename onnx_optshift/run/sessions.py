@@ -102,6 +102,14 @@ class Sessions:
         """An array of the size of weights or outputs, to be held for long: in a file where the model is large."""
         return self._store.keep(array) if self.large else array
 
+    def in_file(self, array: NDArray[Any]) -> NDArray[Any]:
+        """An array to be held for long, in a file whatever the model's size."""
+        return self._store.keep(array, least=1)
+
+    def let_go(self) -> None:
+        """Lets go of pages of arrays in files that were read."""
+        self._store.let_go()
+
     def disk_space(self) -> int:
         """Bytes that `keep` has room for in files."""
         return self._store.free_space()
