@@ -1,4 +1,4 @@
-"""Outputs of the original are computed once and kept: in little memory, then in files, and never in more than those have."""
+"""Outputs of the original are computed once and kept: in little memory, then in files, as far as there is room."""
 
 import subprocess
 import sys
@@ -90,7 +90,8 @@ import onnx_optshift
 from onnx_optshift.run import budget, bench, prepare
 if len(sys.argv) > 3:
     budget.KEPT_OUTPUT_BYTES = int(sys.argv[3])
-report = onnx_optshift.shift(sys.argv[1] + "/model.onnx", sys.argv[1] + "/calibration.npz", max_samples=int(sys.argv[2])).report
+files = [sys.argv[1] + "/model.onnx", sys.argv[1] + "/calibration.npz"]
+report = onnx_optshift.shift(*files, max_samples=int(sys.argv[2])).report
 assert report.verification.outputs, report.summary
 print(report.peak_memory_bytes, report.predicted_memory_bytes)
 """
