@@ -109,6 +109,18 @@ def test_a_second_time_there_is_nothing_to_gain():
     assert same(before, weights(model))
 
 
+def test_rows_are_taken_only_while_they_leave_a_layer_freedom():
+    """The stem's patches never span all directions, so the pass goes on for it alone; nothing else changes by that."""
+    model, _, _ = classifier()
+    data = images(400)
+    whole = copy.deepcopy(model)
+    rows = {layer.name: layer.rows for layer in shift_(model, data.split(40)).layers}
+    shift_(whole, [data])
+    assert rows["stem.weight"] == 400 * 16
+    assert rows["grouped.weight"] < 400 * 16
+    assert all(relative(value, weights(whole)[name]) < 1e-6 for name, value in weights(model).items())
+
+
 @pytest.mark.parametrize("objective", ["norm", "range"])
 def test_a_tolerance_is_that_of_the_models_outputs(objective):
     model, data, _ = classifier()

@@ -7,7 +7,7 @@ to 2 bits that took a fifth to more than half off the outputs' error of three sm
 Of shifts within a residual: with rows A of the original model, rows A' of the model whose earlier layers are shifted,
 and the original target Z = A V, a layer may correct for what came before it:
 `min ||W||_F  s.t.  ||A'W - Z||² <= ||A'V* - Z||² + eps² ||Z||²`, around the least-squares solution
-`V* = (A'ᵀA')⁺ A'ᵀA V`: the ball of `solve.error_ball` around V*.
+`V* = (A'ᵀA')⁺ A'ᵀA V`: see `solve.towards`.
 
 Costs two runs of the data and two products of all rows for each distinct input, so it is tried by itself only where
 both are few.
@@ -33,11 +33,11 @@ from onnx_optshift.run.candidate import Arrays, Candidate, Solved
 from onnx_optshift.run.layers import Layers
 from onnx_optshift.run.on_grid import Starts, gathered
 from onnx_optshift.run.ownership import to_owners
-from onnx_optshift.solve.error_ball import BallPath
 from onnx_optshift.solve.grid_rounding import LEAST_RIDGE, Start
 from onnx_optshift.solve.problem import ROUNDING_UNIT, Problem
 from onnx_optshift.solve.shift import Outcome, Shift
-from onnx_optshift.solve.spectrum import Coordinates, factor
+from onnx_optshift.solve.spectrum import factor
+from onnx_optshift.solve.towards import towards
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.rows import to_rows
 
@@ -88,18 +88,8 @@ def _solve(layers: Layers, weight: Weight, residual: float, held: Mapping[Tap, P
     if not _usable(moved.rows, moved.gram(), cross) or layers.blocked(weight) or not original.shift.norm_before:
         return original
     matrix = layers.matrix(weight)
-    spectrum = factor(moved)
-    inverse = torch.where(spectrum.eigenvalues > 0, 1 / spectrum.eigenvalues, 0.0)
-    # V* within the span of the new rows; beyond it the equation says nothing, and the smallest solution has nothing.
-    center = spectrum.basis @ (inverse[..., None] * spectrum.coordinates(cross @ matrix))
-    target = float((matrix * (layers.factored.moments(weight).gram() @ matrix)).sum())
-    reached = float((spectrum.eigenvalues[..., None] * spectrum.coordinates(center).square()).sum())
-    scale = math.sqrt(max(target, 0.0))
-    floor = math.sqrt(max(target - reached, 0.0)) / scale if scale else 0.0
-    path = BallPath(Coordinates.of(spectrum, center, ROUNDING_UNIT[weight.dtype]), floor=floor, scale=scale)
-    # What cannot be reached at all is not the layer's to answer for: it gets its residual on top of that. Otherwise a
-    # layer with a floor above its residual would be solved by V* itself, which noise in A' can make arbitrarily large.
-    shift = path.at(math.hypot(residual, floor))
+    energy = float((matrix * (layers.factored.moments(weight).gram() @ matrix)).sum())
+    shift = towards(factor(moved), cross @ matrix, energy, residual, ROUNDING_UNIT[weight.dtype])
     # Measured against the weight it replaces, not against the centre it was solved around; a path that finds nothing
     # smaller than the centre gives the centre, which still corrects for what moved before.
     before = Shift.unchanged(matrix, Outcome.SHIFTED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -74,6 +74,10 @@ class Statistics:
         device: Where the moments live.
         rules: What weighs the rows of a tap; all rows alike where there is none.
         first: Entries along axis 0 of an input that are taken at most, over all calls; None for all.
+
+    Attributes:
+        moments: By tap.
+        wanted: Taps whose rows are still taken; all of them at first.
     """
 
     def __init__(
@@ -85,6 +89,7 @@ class Statistics:
         first: int | None = None,
     ) -> None:
         self.moments = {tap: InputMoments(tap.groups, tap.width, device) for tap in taps}
+        self.wanted: Collection[Tap] = taps
         self._rules = rules or {}
         self._first = first
         self._taken = dict.fromkeys(taps, 0)
@@ -92,6 +97,8 @@ class Statistics:
     @torch.no_grad()
     def add(self, tap: Tap, activation: Tensor) -> None:
         """Adds the rows of one input."""
+        if tap not in self.wanted:
+            return
         if self._first is not None:
             activation = activation[: self._first - self._taken[tap]]
             self._taken[tap] += len(activation)

@@ -6,13 +6,16 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.utils import parametrize
 
 from onnx_optshift.geometry import MatrixRows, PatchRows, Reshape, Tap, Transpose, WeightForm
 from onnx_optshift.graph.weights import Skip, Use, Weight, swapped, with_leading_axis
 from onnx_optshift.solve.problem import ROUNDING_UNIT
+from onnx_optshift.torch.arrays import as_array
 
 FilterFn = Callable[[nn.Module, str], bool]
 """(module, its qualified name) -> whether its weight may be shifted: the form of torchao's `quantize_`."""
@@ -38,6 +41,10 @@ class Discovered:
     skips: tuple[Skip, ...]  # those that are left alone, with reasons
     parameters: dict[str, nn.Parameter]  # by the weight's name
     modules: dict[Tap, nn.Module]  # that read the tap
+
+    def content(self, name: str) -> NDArray[np.generic]:
+        """What a weight holds now."""
+        return as_array(self.parameters[name])
 
     def only(self, names: Iterable[str]) -> Discovered:
         """The same with these weights alone."""

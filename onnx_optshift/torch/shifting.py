@@ -14,13 +14,14 @@ from onnx_optshift.errors import InputError, ToleranceError
 from onnx_optshift.geometry import Tap
 from onnx_optshift.run.candidate import Arrays
 from onnx_optshift.run.layers import Layers
+from onnx_optshift.run.spanning import Spanning
 from onnx_optshift.solve.finish import as_matrix
 from onnx_optshift.solve.problem import ROUNDING_UNIT
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.row_weights import MOST_SAMPLES, RowRule, Rows, energies
 from onnx_optshift.stats.rows import to_rows
 from onnx_optshift.torch import ranks
-from onnx_optshift.torch.arrays import as_array, as_tensor
+from onnx_optshift.torch.arrays import as_tensor
 from onnx_optshift.torch.calls import Call, Calls, Forward
 from onnx_optshift.torch.capture import Hooks, Statistics, solver_device
 from onnx_optshift.torch.config import ShiftConfig
@@ -74,7 +75,7 @@ def shift_(
     with evaluating(model):
         with ranks.together(group):
             calls = source if config.stochastic is None else drawn(source, config.stochastic, config.seed)
-        layers = layers_of(found, _moments(source, calls, found, config, group), config)
+        layers = _layers(source, calls, found, config, group)
 
         def moved(arrays: Arrays, some: Iterable[Call] = source) -> float:
             return deviation(source, some, found.parameters, tensors(arrays), group)
@@ -94,12 +95,13 @@ def shift_(
     return ShiftResult(layer_reports(layers, candidate, found.skips), measured, candidate.tolerance)
 
 
-def layers_of(found: Discovered, moments: Mapping[Tap, InputMoments], config: ShiftConfig) -> Layers:
+def layers_of(
+    found: Discovered, moments: Mapping[Tap, InputMoments], config: ShiftConfig, spanning: Spanning | None = None
+) -> Layers:
     """The pass's own layers, over a module's parameters."""
     device = str(next(iter(moments.values())).device)
-    store = StatisticsStore.of(moments)
-    content = lambda name: as_array(found.parameters[name])  # noqa: E731
-    return Layers(found.weights, store, content, config.make_objective(), device=device)
+    store, objective = StatisticsStore.of(moments), config.make_objective()
+    return Layers(found.weights, store, found.content, objective, device=device, spanning=spanning)
 
 
 def tensors(arrays: Arrays) -> dict[str, Tensor]:
@@ -107,28 +109,31 @@ def tensors(arrays: Arrays) -> dict[str, Tensor]:
     return {name: as_tensor(array) for name, array in arrays.items()}
 
 
-def _moments(
+def _layers(
     source: Calls, calls: Iterable[Call], found: Discovered, config: ShiftConfig, group: ranks.Group | None
-) -> Mapping[Tap, InputMoments]:
-    """Of all rows that reach the layers."""
+) -> Layers:
+    """The layers with the moments of all rows that reach them; of an exact shift, of as many as leave freedom."""
     device = solver_device(source.model)
     relative = config.row_weighting == "relative" and config.tolerance > 0
     rules = _rules(source, calls, found, device, group) if relative else {}
     statistics = Statistics(tuple(found.modules), device, rules)
+    exact = config.tolerance == 0 and group is None
+    spanning = Spanning(found.weights, found.content, str(device)) if exact else None
     with ranks.together(group), Hooks(found.modules, statistics.add):
         for call in calls:
             source.run(call)
-    return ranks.merged(statistics.moments, group)
+            if spanning is not None:
+                statistics.wanted = spanning.wanted(statistics.moments)
+                if not statistics.wanted:
+                    break
+    return layers_of(found, ranks.merged(statistics.moments, group), config, spanning)
 
 
 def _rules(
     source: Calls, calls: Iterable[Call], found: Discovered, device: torch.device, group: ranks.Group | None
 ) -> dict[Tap, RowRule]:
     """What weighs the rows of each tap, by the outputs that the first batch gives."""
-    matrices = {
-        weight.name: as_matrix(as_array(found.parameters[weight.name]), weight.form, str(device)).float()
-        for weight in found.weights
-    }
+    matrices = {w.name: as_matrix(found.content(w.name), w.form, str(device)).float() for w in found.weights}
     weight_of = {use.tap: weight.name for weight in found.weights for use in weight.uses}
     seen: dict[str, list[Tensor]] = {}
 
