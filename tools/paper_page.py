@@ -10,7 +10,7 @@ from html import escape
 
 Row = dict[str, str]
 CELL = ("size", "kind", "decay", "noise")
-METHOD = ("optimizer", "during", "layers", "after")
+METHOD = ("optimizer", "during", "layers", "until", "after")
 
 COLUMNS = (  # heading, figure, factor, digits after the point; None for three significant ones
     ("test, %", "test_accuracy", 100, 1),
@@ -69,7 +69,11 @@ def method(row: Row) -> str:
     """A row's method in words."""
     names = [row["optimizer"].upper()]
     if row["during"] != "0":
-        names.append(f"SOS {row['during']}K" + (", all layers" if row["layers"] == "all" else ""))
+        names.append(
+            f"SOS {row['during']}K"
+            + (", all layers" if row["layers"] == "all" else "")
+            + (", early" if float(row["until"]) < 1 else "")
+        )
     text = " + ".join(names)
     after = row["after"]
     if after:

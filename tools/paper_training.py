@@ -57,6 +57,7 @@ class Setting:
         optimizer: `"sgd"` or `"sam"`.
         during: Samples in the batch of a shift during training, in multiples of the number of classes; 0 for no shift.
         layers: `"last"`, or `"all"` linear layers, convolutions among them, that such a shift may change.
+        until: Share of the steps after which there are no more such shifts.
         seed: Of the choice of images, the wrong labels, the first weights and the batches.
     """
 
@@ -66,6 +67,7 @@ class Setting:
     optimizer: str = "sgd"
     during: int = 0
     layers: str = "last"
+    until: float = 1.0
     seed: int = 0
 
 
@@ -168,13 +170,14 @@ def train(net: Network, setting: Setting, data: Data, recipe: Recipe) -> Clock:
     )
     steps = recipe.images // recipe.batch
     cycle = OneCycleLR(optimizer, recipe.rate, total_steps=recipe.epochs * steps, pct_start=0.2, cycle_momentum=False)
-    if setting.during:
-        attach(net, optimizer, data, setting, recipe)
+    detach = attach(net, optimizer, data, setting, recipe) if setting.during else None
+    shifts = round(setting.until * recipe.epochs * steps) // recipe.every
     generator = torch.Generator().manual_seed(setting.seed)
     augmented = recipe.augmented and data.pixels is not None
     around = ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0))
     padded = torch.from_numpy(np.pad(data.pixels.numpy(), around, mode="reflect")) if augmented else data.pixels
     updates: list[float] = []  # CPU seconds of every optimizer.step()
+    taken = 0
     cpu, wall = time.process_time(), time.perf_counter()
     net.train()
     for _ in range(recipe.epochs):
@@ -191,16 +194,20 @@ def train(net: Network, setting: Setting, data: Data, recipe: Recipe) -> Clock:
                 optimizer.step()
                 updates.append(time.process_time() - started)
             cycle.step()
+            taken += 1
+            if detach and taken == shifts * recipe.every:
+                detach()
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    shifting = sum(updates[recipe.every - 1 :: recipe.every]) if setting.during else 0.0
-    if shifting:
-        shifting -= len(updates[recipe.every - 1 :: recipe.every]) * float(np.median(updates))
+    with_shift = updates[recipe.every - 1 : shifts * recipe.every : recipe.every] if detach else []
+    shifting = sum(with_shift) - len(with_shift) * float(np.median(updates or [0.0]))
     net.eval()
     return Clock(cpu / recipe.epochs, wall / recipe.epochs, shifting / recipe.epochs)
 
 
-def attach(net: Network, optimizer: torch.optim.Optimizer, data: Data, setting: Setting, recipe: Recipe) -> None:
-    """Stochastic optimum shifting from now on, each time on another class-balanced batch of training images."""
+def attach(
+    net: Network, optimizer: torch.optim.Optimizer, data: Data, setting: Setting, recipe: Recipe
+) -> Callable[[], None]:
+    """Stochastic optimum shifting, each time on another class-balanced batch, until what is returned is called."""
     labels, generator = data.train.labels.numpy(), np.random.default_rng(setting.seed)
     device = net.classifier.weight.device
 
@@ -209,4 +216,4 @@ def attach(net: Network, optimizer: torch.optim.Optimizer, data: Data, setting: 
         return data.train.images[torch.from_numpy(numbers)].to(device)
 
     only = None if setting.layers == "all" else lambda module, _: module is net.classifier
-    OptimumShift(net, recipe.every, batch=batch, filter_fn=only).attach(optimizer)
+    return OptimumShift(net, recipe.every, batch=batch, filter_fn=only).attach(optimizer).remove
