@@ -15,7 +15,7 @@ from paper_networks import Network
 from torch import nn
 from torch.nn import functional as F
 
-ROWS = "resnet,0.0,0.2,sgd,2,last,1.0,0,"  # a training with shifts in it, and two rows made of that
+ROWS = "^resnet,0.0,0.2,sgd,2,last,1.0,0,"  # a training with shifts in it, and two rows made of that
 
 
 @pytest.fixture

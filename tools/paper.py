@@ -1,6 +1,6 @@
 """The experiment of "Improving Generalization of Deep Neural Networks by Optimum Shifting" (arXiv 2405.14111), small.
 
-    python tools/paper.py --data cifar10_jpeg.npz --out DIR --run [--size small] [--device cpu] [--only TEXT]
+    python tools/paper.py --data cifar10_jpeg.npz --out DIR --run [--size small] [--device cpu] [--only REGEX]
     python tools/paper.py --out DIR --list | --table
 
 `--run` does what is missing, row after row: a row is a training, or what a shift after one makes of it, and becomes a
@@ -19,6 +19,7 @@ import copy
 import csv
 import itertools
 import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -85,7 +86,8 @@ def text_plan() -> list[Job]:
     cells = [Setting("mlp", d, n, seed=s) for s, n, d in itertools.product(SEEDS, (0.0, 0.2), (0.0, 0.002))]
     jobs = [Job(cell) for cell in cells]
     jobs += [Job(cell, after) for cell in cells for after in ("ball", "scale", "sos0.5", "sos1", "sos2", "sos4", "os")]
-    return jobs + [Job(replace(cell, during=factor)) for factor in (1, 2) for cell in cells]
+    jobs += [Job(replace(cell, during=factor)) for factor in (1, 2) for cell in cells]
+    return jobs + [Job(replace(cell, during=2, until=EARLY)) for cell in cells]
 
 
 def image_plan() -> list[Job]:
@@ -222,8 +224,8 @@ def shifted_after(net: Network, job: Job, parts: dict[str, Seen]) -> str:
 
 
 def missing(results: Results, size: str, only: str) -> list[Job]:
-    """Rows that are not finished; with `only`, those whose key has that text."""
-    return [job for job in plan(size) if not results.has(job) and only in ",".join(job.key)]
+    """Rows that are not finished; with `only`, those whose key it is found in."""
+    return [job for job in plan(size) if not results.has(job) and re.search(only, ",".join(job.key))]
 
 
 def run(runner: Runner, only: str = "") -> int:
@@ -258,7 +260,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of results and trained networks")
     parser.add_argument("--size", choices=sorted(RECIPES), default="small")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", default="", help="rows whose key, as --list shows it, has this text")
+    parser.add_argument("--only", default="", help="regular expression: rows whose key, as --list shows it, matches")
     what = parser.add_mutually_exclusive_group(required=True)
     for name in ("run", "list", "table"):
         what.add_argument(f"--{name}", action="store_true")
