@@ -28,10 +28,10 @@ MODES = {
         "--objective range --tolerance auto --quantization-bits 4",
         {"objective": "range", "tolerance": "auto", "quantization_bits": (4,)},
     ),
-    "stochastic": ("digits_mlp", "--stochastic 48", {"stochastic": 48}),
+    "stochastic": ("digits_mlp", "--stochastic 48 --heldout none", {"stochastic": 48}),
     "curvature": (
         "digits_mlp",
-        "--objective curvature --tolerance 0.01",
+        "--objective curvature --tolerance 0.01 --heldout none",
         {"objective": "curvature", "tolerance": 0.01},
     ),
 }
@@ -49,10 +49,11 @@ def weights(path):
 
 def alone(mode, folder, **more):
     """Weights and report of one process."""
-    name, _, settings = MODES[mode]
+    name, options, settings = MODES[mode]
+    heldout = ["none"] if "--heldout none" in options else None
     calibration, path = MODELS / name / "calibration.npz", folder / "alone.onnx"
     settings = Settings(device="cpu", **{**settings, **more})
-    report = shift.run(MODELS / name / "model.onnx", path, [calibration], None, settings).report
+    report = shift.run(MODELS / name / "model.onnx", path, [calibration], heldout, settings).report
     return weights(path), report.to_dict()
 
 

@@ -108,7 +108,8 @@ def clone(tmp_path, monkeypatch):
 
 def installed(words):
     """Whether a command can be run here: other tools' commands only where they are installed."""
-    return words[0] == "python" or importlib.util.find_spec(words[0]) is not None
+    beside = Path(sys.executable).with_name(words[0]).exists()
+    return words[0] == "python" or beside or importlib.util.find_spec(words[0]) is not None
 
 
 def run(line):

@@ -47,6 +47,12 @@ class Factored:
         """Number of the wave that a weight's taps belong to."""
         return self._store.wave_of(weight.uses[0].tap)
 
+    def load(self, weight: Weight) -> None:
+        """Has all processes of a run capture what a weight's owner is going to ask for."""
+        held = self._store.load(self.wave(weight))
+        if self._slopes is not None and any(held[use.tap].rows for use in weight.uses):
+            self._slopes.load(self.wave(weight))
+
     def moments(self, weight: Weight) -> InputMoments:
         """Moments of all rows that meet a weight: those of its uses, stacked."""
         return stacked(self._store.load(self.wave(weight)), weight)

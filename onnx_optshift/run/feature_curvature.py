@@ -26,6 +26,7 @@ from onnx_optshift.graph.weights import Weight
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.candidate import Arrays
 from onnx_optshift.run.checkpoint import Pass, digest
+from onnx_optshift.run.ownership import to_owners
 from onnx_optshift.solve.problem import ROUNDING_UNIT
 from onnx_optshift.solve.spectrum import Spectrum
 from onnx_optshift.solve.weighted_norm import Metric, balanced, measure
@@ -56,12 +57,13 @@ def feature_curvature(bench: Bench, samples: Samples, *, probes: int = PROBES, s
     few = thinned(samples, MOST_SAMPLES, seed)
 
     def moments(taps: Sequence[Tap]) -> Mapping[Tap, InputMoments]:
-        return bench.checkpoint.moments(
+        found = bench.checkpoint.moments(
             lambda: digest(f"{probes} probes, seed {seed}", bench.key(taps, few)),
             taps,
             lambda begun: _slopes(bench, taps, few, sources, probes, seed, begun),
             bench.device.solve,
         )
+        return to_owners(bench.world, dict(found), bench.owners)
 
     return StatisticsStore(bench.waves, moments)
 
@@ -102,9 +104,10 @@ def _slopes(
         wide = torch.promote_types(activation.dtype, torch.float32)
         observe(moments[tap], tap, (above[tap.value].to(wide) - activation.to(wide)) / (2 * step))
 
-    with bench.progress.stage("curvature", probes * len(samples)) as advance:
+    mine = range(bench.world.rank, probes, bench.world.size)  # a probe is one process's: it moves all rows alike
+    with bench.progress.stage("curvature", len(mine) * len(samples)) as advance:
         advance(begun.done * len(samples))
-        for probe in range(begun.done, probes):
+        for probe in mine[begun.done :]:
             up, down = _sides(centers, step, np.random.default_rng([seed, probe]))
             for batch in samples.batches(bench.batch_size):
                 above.clear()

@@ -108,7 +108,7 @@ class Layers:
         """This process's weights, or all of them, wave by wave, as one stage; `judged` if it asks for judging rows."""
         with self._progress.stage(stage, len(self.weights)) as advance:
             for weight in sorted(self.weights.values(), key=self.factored.wave):
-                self.store.load(self.factored.wave(weight))
+                self.factored.load(weight)
                 if judged and self.blocked(weight) is None:
                     (self._judge or self.store).load(self.factored.wave(weight))
                 if all_of_them or self.sharing.owns(weight):
