@@ -62,8 +62,11 @@ def run_isolated(work: Callable[[], int]) -> int:
         return work()
     if not child:
         _end_with(parent)
-        if signal.SIGINT in ends:
+        if signal.SIGINT in ends and Place.found().alone:
             _interrupt_once()
+        elif signal.SIGINT in ends:
+            # One that waits for another process would never come to it; there is this one's parent to clear up.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         _work_and_exit(work)
 

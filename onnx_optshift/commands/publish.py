@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from onnx_optshift import journal
 from onnx_optshift.decide.back_off import REVERTED, reverted, shrunk
 from onnx_optshift.decide.decision import Decision, Grounds
 from onnx_optshift.errors import ToleranceError
@@ -46,6 +47,8 @@ def published(
                 written.discard()
             raise
         if proof.passed:
+            if not written:
+                journal.renaming(path, out)  # by the first process, at any time from now on
             put_back = [name for name, why in decision.rejected.items() if why == REVERTED] if decision else []
             return written, sha256, replace(proof, attempts=attempt, reverted=tuple(put_back)), decision
         if written:

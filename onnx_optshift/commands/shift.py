@@ -110,6 +110,7 @@ def run(
             # Whatever may still fail or be interrupted comes before the rename: OUT appears last.
             found = replace(found, decision=decided, sha256=sha256, verification=proof, output=output)
             report = _report(found, clock, off, few)
+            world.meet()
             if written:
                 written.commit()
         prepared.bench.checkpoint.finish()

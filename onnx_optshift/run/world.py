@@ -69,6 +69,10 @@ class World:
         """What one process makes, known to all."""
         return self.broadcast(make() if self.rank == rank else None, rank)  # type: ignore[return-value]
 
+    def meet(self) -> None:
+        """Waits until all processes have come as far."""
+        self.gather(None)
+
     def agree(self, known: bool) -> bool:
         """Whether something holds in every process."""
         return all(self.gather(known))
@@ -167,7 +171,7 @@ class Job(World):
 
     def end(self) -> None:
         """All have done what they had to do."""
-        self.gather(None)
+        self.meet()
         self._ended.set()
         dist.destroy_process_group()
 
