@@ -98,6 +98,7 @@ def image_plan() -> list[Job]:
     jobs = [Job(replace(cell, during=factor)) for cell in cells for factor in (0, 2)]
     jobs += [Job(cell, after) for cell in cells for after in ("ball", "scale", "sos1", "sos2", "sos4", "os")]
     jobs += [Job(replace(cell, during=2), "ball") for cell in cells]
+    jobs += [Job(cell, "sos0.5") for cell in clean]
     jobs += [Job(replace(cell, optimizer="sam")) for cell in clean]
     jobs += [Job(replace(cell, during=2, until=EARLY)) for cell in few]
     jobs += [Job(replace(cell, kind="densenet", during=factor)) for cell in clean for factor in (0, 2)]
@@ -243,7 +244,13 @@ def write_page(out: Path, docs: Path) -> None:
     found = {size: Results(out / f"{size}.csv").rows for size in RECIPES if size != "tiny"}
     rows = [{"size": size, **row} for size, some in found.items() for row in some]
     write_csv(docs / "paper.csv", rows)
-    (docs / "paper.svg").write_text(picture([row for row in rows if row["size"] == "small"]), encoding="utf-8")
+    batches = [row for row in rows if row["noise"] == "0.0" and (row["after"] or "0")[:3] in {"0", "sos"}]
+    pictures = {
+        "paper": [row for row in rows if row["size"] == "small"],
+        "paper_batches": [row for row in batches if row["optimizer"] == "sgd" and row["during"] == "0"],
+    }
+    for name, some in pictures.items():
+        (docs / f"{name}.svg").write_text(picture(some), encoding="utf-8")
     page, text = docs / "paper.md", {"figures": tables(rows), "differences": differences(rows)}
     content = page.read_text(encoding="utf-8")
     for name, table in text.items():

@@ -26,10 +26,11 @@ COLUMNS = (  # heading, figure, factor, digits after the point; None for three s
     ("NC3", "nc3", 1, None),
     ("NC4", "nc4", 1, None),
     ("s/epoch", "epoch_cpu", 1, None),
+    ("shifting, %", "shifting", 100, 1),
 )
 NETWORKS = {"resnet": "ResNet", "densenet": "DenseNet", "mlp": "MLP of 128 classes"}
 
-WIDTH, PANEL, TOP, STEP, LEFT = 900, 330, 70, 15, 190
+WIDTH, PANEL, TOP, STEP, LEFT = 920, 330, 60, 15, 200
 STYLE = """
   .card { fill: #ffffff; stroke: #d0d7de } text { fill: #1f2328; font: 12px system-ui, sans-serif }
   .title { font-size: 14px; font-weight: 600 } .name { text-anchor: end } .tick { text-anchor: middle }
@@ -81,6 +82,14 @@ def method(row: Row) -> str:
     return text
 
 
+def figure(row: Row, name: str) -> float:
+    """A row's figure: of the CSV, or the time for shifts as a share of that for everything else."""
+    if name == "shifting":
+        cpu, shifting = float(row["epoch_cpu"]), float(row["epoch_shifting"])
+        return shifting / (cpu - shifting)
+    return float(row[name])
+
+
 def groups(rows: Iterable[Row]) -> dict[tuple[str, ...], dict[str, list[Row]]]:
     """Rows by network, decay and noise, and by method; seeds in order."""
     found: dict[tuple[str, ...], dict[str, list[Row]]] = {}
@@ -105,7 +114,7 @@ def tables(rows: Iterable[Row]) -> str:
         lines.append("|---" * (len(COLUMNS) + 3) + "|")
         for name, some in methods.items():
             cells = [
-                Spread.of([factor * float(row[key]) for row in some]).written(digits)
+                Spread.of([factor * figure(row, key) for row in some]).written(digits)
                 for _, key, factor, digits in COLUMNS
             ]
             chosen = ", ".join(f"{float(row['tolerance']):g}" for row in some if row["tolerance"])
@@ -113,29 +122,42 @@ def tables(rows: Iterable[Row]) -> str:
     return "\n".join(lines[1:])
 
 
+def compared(methods: dict[str, list[Row]]) -> dict[str, list[tuple[Row, Row]]]:
+    """By method, its rows beside those of SGD alone with the same seed: the same images, wrong labels and weights."""
+    base = {row["seed"]: row for row in methods.get("SGD", [])}
+    pairs = {name: [(base[r["seed"]], r) for r in some if r["seed"] in base] for name, some in methods.items()}
+    return {name: some for name, some in pairs.items() if name != "SGD" and some}
+
+
+def gains(pairs: Sequence[tuple[Row, Row]]) -> list[float]:
+    """Test accuracy beyond that of SGD alone, in points."""
+    return [100 * (float(b["test_accuracy"]) - float(a["test_accuracy"])) for a, b in pairs]
+
+
+def ratios(pairs: Sequence[tuple[Row, Row]], name: str) -> list[float]:
+    """A figure as a multiple of that of SGD alone."""
+    return [float(b[name]) / float(a[name]) for a, b in pairs]
+
+
 def differences(rows: Iterable[Row]) -> str:
-    """Each method against what it starts from, SGD or SAM alone, seed by seed: the same images, labels and weights."""
+    """Each method against SGD alone."""
     lines = [
-        "| | against | seeds | test accuracy, points | better | test NLL | trace, ratio | rel. flatness, ratio |",
-        "|---" * 8 + "|",
+        "| | seeds | test accuracy, points | better | test NLL | trace, ratio | rel. flatness, ratio |",
+        "|---" * 7 + "|",
     ]
     for cell, methods in groups(rows).items():
-        lines.append(f"| **{title(cell)}** |" + " |" * 7)
-        for name, some in methods.items():
-            base = {row["seed"]: row for row in methods.get("SGD", [])}
-            pairs = [(base[row["seed"]], row) for row in some if row["seed"] in base]
-            if name == "SGD" or not pairs:
-                continue
-            gains = [100 * (float(b["test_accuracy"]) - float(a["test_accuracy"])) for a, b in pairs]
+        lines.append(f"| **{title(cell)}** |" + " |" * 6)
+        for name, pairs in compared(methods).items():
             losses = [float(b["test_loss"]) - float(a["test_loss"]) for a, b in pairs]
-            ratios = [[float(b[k]) / float(a[k]) for a, b in pairs] for k in ("trace", "relative_flatness")]
-            shown = [f"{Spread.of(some_ratio).written(None)}" for some_ratio in ratios]
-            wins = sum(gain > 0 for gain in gains)
-            lines.append(
-                f"| {name} | SGD | {len(pairs)} | {_signed(gains)} | {wins} of {len(pairs)} | {_signed(losses)} | "
-                + " | ".join(shown)
-                + " |"
-            )
+            cells = [
+                name,
+                str(len(pairs)),
+                _signed(gains(pairs)),
+                f"{sum(gain > 0 for gain in gains(pairs))} of {len(pairs)}",
+                _signed(losses),
+                *(Spread.of(ratios(pairs, key)).written(2) for key in ("trace", "relative_flatness")),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -145,14 +167,11 @@ def _signed(values: Sequence[float]) -> str:
 
 
 def picture(rows: Iterable[Row]) -> str:
-    """Test accuracy and trace of every method as SVG; bars are one standard deviation to each side."""
-    found = [(cell, name, some) for cell, methods in groups(rows).items() for name, some in methods.items()]
+    """Accuracy and trace of every method against SGD alone as SVG; bars are one deviation to each side."""
+    found = [(cell, name, pairs) for cell, methods in groups(rows).items() for name, pairs in compared(methods).items()]
     panels = [
-        ("Test accuracy, %", [Spread.of([100 * float(r["test_accuracy"]) for r in some]) for _, _, some in found]),
-        (
-            "Trace of the Hessian, log10",
-            [Spread.of([math.log10(float(r["trace"])) for r in some]) for _, _, some in found],
-        ),
+        ("Test accuracy against SGD, points", [Spread.of(gains(pairs)) for *_, pairs in found]),
+        ("Trace against SGD, log2", [Spread.of([math.log2(r) for r in ratios(pairs, "trace")]) for *_, pairs in found]),
     ]
     lines, y, places, last = [], TOP, [], None
     for cell, name, _ in found:
@@ -164,27 +183,25 @@ def picture(rows: Iterable[Row]) -> str:
         places.append(y)
         y += STEP
     for number, (heading, spreads) in enumerate(panels):
-        x0 = LEFT + 16 + number * (PANEL + 24)
+        x0 = LEFT + 20 + number * (PANEL + 24)
         ends = [s.mean + side * (s.deviation or 0) for s in spreads for side in (-1, 1)]
-        low, high = math.floor(min(ends)), math.ceil(max(ends))
+        low, high = math.floor(min(*ends, -0.5)), math.ceil(max(*ends, 0.5))
+        step = max(1, (high - low) // 6)
         at = lambda value, x0=x0, low=low, high=high: x0 + (PANEL - 10) * (value - low) / (high - low)  # noqa: E731
-        lines.append(f'<text class="title" x="{x0}" y="40">{heading}</text>')
-        for part in range(5):
-            value = low + part * (high - low) / 4
-            lines.append(f'<path class="axis" opacity=".3" d="M{at(value):.1f} {TOP}V{y}"/>')
-            lines.append(f'<text class="tick quiet" x="{at(value):.1f}" y="{TOP - 8}">{value:.3g}</text>')
+        lines.append(f'<text class="title" x="{x0}" y="30">{heading}</text>')
+        for value in range(-(-low // step) * step, high + 1, step):
+            lines.append(f'<path class="axis" opacity="{0.3 if value else 1}" d="M{at(value):.1f} {TOP}V{y}"/>')
+            lines.append(f'<text class="tick quiet" x="{at(value):.1f}" y="{TOP - 8}">{value}</text>')
         for place, spread, (_, name, _) in zip(places, spreads, found, strict=True):
-            kind = "shifted" if "SOS" in name or "then" in name else "sam" if "SAM" in name else "plain"
-            width = spread.deviation or 0.0
-            lines.append(
-                f'<path class="bar {kind}" d="M{at(spread.mean - width):.1f} {place}H{at(spread.mean + width):.1f}"/>'
-            )
+            kind = "plain" if "scale" in name else "sam" if "SAM" in name else "shifted"
+            left, right = (at(spread.mean + side * (spread.deviation or 0)) for side in (-1, 1))
+            lines.append(f'<path class="bar {kind}" d="M{left:.1f} {place}H{right:.1f}"/>')
             lines.append(f'<circle class="{kind}" cx="{at(spread.mean):.1f}" cy="{place}" r="4"/>')
     height = y + 20
     head = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" '
         'role="img" aria-labelledby="title">',
-        '<title id="title">Test accuracy and Hessian trace of every method, mean and deviation over seeds</title>',
+        '<title id="title">Test accuracy and Hessian trace against SGD alone, mean and deviation over seeds</title>',
         f"<style>{STYLE}</style>",
         f'<rect class="card" x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1}" rx="8"/>',
     ]
