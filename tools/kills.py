@@ -1,12 +1,17 @@
 """Kills runs at random moments, and looks at what stands at OUT afterwards.
 
     python tools/kills.py [MODEL] --kills 200 --seed 0
+    python tools/kills.py [MODEL] --kills 100 --checkpoint
 
 One kill in three comes at any moment of the run, two in its last part, where files are written. One case in three has
 an old file at OUT, one has nothing there, one has the old file and writes external data. SIGKILL hits the waiting
 process, the working one, or both at once, in turn. Whoever dies, OUT must be the old file or the finished new one,
 byte for byte, with all its data. Afterwards a run that nobody kills must give the new file and clear away what the
 killed ones left. Prints a table of the outcomes. Exit status 1 if any is broken.
+
+With --checkpoint runs keep what they have done, a pass over the data after every batch, and are killed at any moment of
+the run. Each is started again until it comes to its end, and must then have written the bytes of a run that nobody
+disturbed and that kept nothing. Exact, tolerant and rounding runs take turns.
 """
 
 from __future__ import annotations
@@ -14,6 +19,8 @@ from __future__ import annotations
 import argparse
 import collections
 import hashlib
+import itertools
+import json
 import os
 import random
 import shutil
@@ -22,7 +29,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +38,22 @@ OLD = b"\x08the old file"  # begins as models do: others are not replaced
 LAST_PART = 0.7  # of a run's time: from here on files are written
 CASES = ("old", "absent", "old, external data")
 VICTIMS = ("waiting", "working", "both")
+# Ways of a run with a checkpoint.
+WAYS = {
+    "exact": [],
+    "tolerance": ["--tolerance", "0.02"],
+    "rounded": ["--tolerance", "auto", "--objective", "range", "--quantization-bits", "4"],
+}
+# The command line, with passes that are kept after every batch; what is loaded is loaded where it always is.
+OFTEN = """
+from onnx_optshift import cli
+def often(main=cli.main):
+    from onnx_optshift.run import checkpoint_folder
+    checkpoint_folder.EVERY, checkpoint_folder.LEAST_SHARE = 0.0, 0
+    return main()
+cli.main = often
+cli.run()
+"""
 
 
 @dataclass(frozen=True)
@@ -139,6 +163,74 @@ def undisturbed(model: Path, out: Path, case: str) -> tuple[float, dict[str, str
     return time.perf_counter() - start, {path.name: digest(path) for path in out.parent.iterdir()}
 
 
+@dataclass
+class Resumed:
+    """What became of the runs of one way: kills, runs that came to an end, and what these said."""
+
+    kills: int = 0
+    ends: int = 0
+    same: int = 0  # of the ends: the bytes of an undisturbed run
+    resumed: int = 0  # of the ends: took something from a killed run
+    rejected: int = 0  # of the ends: found something that was not theirs
+    left: int = 0  # of the ends: something unfinished lies in the folder
+
+
+def until_its_end(model: Path, folder: Path, way: str, digest_of_it: str, delays: Iterator[float]) -> Resumed:
+    """Kills one run again and again, after these delays [s], until it comes to its end before a kill."""
+    out, report, kept = folder / "out.onnx", folder / "report.json", folder / "kept"
+    words = [str(model), str(out), "--checkpoint", str(kept), "--report", str(report), "--quiet", *WAYS[way]]
+    found = Resumed()
+    for delay, victim in zip(delays, itertools.cycle(VICTIMS), strict=False):
+        run = subprocess.Popen([sys.executable, "-c", OFTEN, *words], stderr=subprocess.DEVNULL, start_new_session=True)
+        workers: list[int] = []
+        try:
+            run.wait(delay)
+        except subprocess.TimeoutExpired:
+            workers = children(run.pid)
+            kill(run, victim)
+        if run.wait() == 0:
+            break
+        found.kills += 1
+        if not all(map(gone, workers)):
+            raise RuntimeError("a working process outlives the one that waits for it")
+        if out.exists() and digest(out) != digest_of_it:
+            return found  # an end that is not the same
+    said = json.loads(report.read_text())["checkpoint"]
+    found.ends, found.same = 1, int(digest(out) == digest_of_it)
+    found.resumed, found.rejected = int(said["used"] > 0), int(bool(said["rejected"]))
+    found.left = int(any(kept.rglob("*.new")))
+    return found
+
+
+def with_checkpoint(model: Path, folder: Path, kills: int, draw: random.Random) -> int:
+    """Kills so many runs that keep what they do, and prints what became of them; returns the exit status."""
+    whole, known = {}, {}
+    for way, options in WAYS.items():
+        out = folder / f"{way}.onnx"
+        for _ in range(2):  # the first one warms the caches
+            start = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-m", "onnx_optshift", str(model), str(out), "--quiet", *options], check=True
+            )
+            whole[way] = time.perf_counter() - start
+        known[way] = digest(out)
+    total = {way: Resumed() for way in WAYS}
+    for way in itertools.cycle(WAYS):
+        if sum(found.kills for found in total.values()) >= kills and all(found.ends for found in total.values()):
+            break
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            delays = (draw.uniform(0.1 * whole[way], 1.3 * whole[way]) for _ in itertools.count())
+            one = until_its_end(model, Path(name), way, known[way], delays)
+            total[way] = Resumed(*(sum(pair) for pair in zip(astuple(total[way]), astuple(one), strict=True)))
+    titles = ("way", *(field.name for field in fields(Resumed)))
+    print("".join(f"{title:<12}" for title in titles))
+    for way, found in total.items():
+        print("".join(f"{cell!s:<12}" for cell in (way, *astuple(found))))
+    broken = [way for way, found in total.items() if found.same < found.ends or found.rejected]
+    print(f"{sum(f.kills for f in total.values())} killed: {'BROKEN: ' + ', '.join(broken) if broken else '0 broken'}")
+    return int(bool(broken))
+
+
 def table(outcomes: list[Outcome]) -> str:
     """Counts of equal outcomes, as lines."""
     counts = collections.Counter(outcomes)
@@ -157,12 +249,15 @@ def main() -> int:
     parser.add_argument("model", type=Path, nargs="?", default=ROOT / "models" / "noisy_mlp" / "model.onnx")
     parser.add_argument("--kills", type=int, default=200, help="how many runs to kill (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    parser.add_argument("--checkpoint", action="store_true", help="kill runs that go on where they were")
     args = parser.parse_args()
     draw = random.Random(args.seed)
     outcomes, not_cleared = [], 0
     with tempfile.TemporaryDirectory(prefix="kills-") as name:
         shutil.copytree(args.model.parent, Path(name, "model"))
         model = Path(name, "model", args.model.name)
+        if args.checkpoint:
+            return with_checkpoint(model, Path(name), args.kills, draw)
         known = {}
         for number, case in enumerate(CASES):
             Path(name, f"whole{number}").mkdir()
