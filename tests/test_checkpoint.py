@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -12,7 +13,7 @@ import tiny_models as tiny
 import onnx_optshift
 from onnx_optshift import tensorfile
 from onnx_optshift.errors import InputError, ToleranceError
-from onnx_optshift.run import checkpoint_folder
+from onnx_optshift.run import checkpoint_folder, prepare
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.layers import Layers
 
@@ -128,7 +129,7 @@ def test_a_pass_goes_on_with_the_batch_after_the_last_that_was_kept(model, tmp_p
     assert killed_after(monkeypatch, 3, model, tmp_path / "kept")
     assert killed_after(monkeypatch, 4, model, tmp_path / "kept")
     run(model, tmp_path / "kept")
-    assert [begun for _, begun in seen][:3] == [0, 3, 7]
+    assert [begun for _, begun in seen][:3] == [0, 2, 6]
 
 
 def test_a_pass_that_ends_with_full_rank_goes_on_with_what_it_knew(tmp_path, monkeypatch, often):
@@ -178,7 +179,29 @@ def test_finished_statistics_serve_other_options(model, tmp_path, monkeypatch):
     assert len(seen) == 2
     assert bytes_ == run(model, tolerance=0.05, row_weighting="none")[0]
     assert report.settings["checkpoint"] == str(tmp_path / "kept")
-    assert {path.name.partition("-")[0] for path in entries(tmp_path / "kept")} == {"statistics"}
+    assert {path.name.partition("-")[0] for path in entries(tmp_path / "kept")} == {"plan", "statistics"}
+
+
+def test_the_plan_of_a_killed_run_is_kept_though_other_memory_is_free(model, tmp_path, monkeypatch, often):
+    make_plan = prepare.make_plan
+
+    def free(size):
+        """As if so many samples a batch were what the free memory allows."""
+
+        def planned(costs, weights, batch_size, budget, former=None):
+            return former or replace(make_plan(costs, weights, batch_size, budget), batch_size=size)
+
+        monkeypatch.setattr(prepare, "make_plan", planned)
+
+    seen, way = captures(monkeypatch), {"batch_size": None, "tolerance": 0.05}
+    free(3)
+    undisturbed, _ = run(model, **way)
+    assert killed_after(monkeypatch, 6, model, tmp_path / "kept", **way)
+    free(8)
+    resumed, report = run(model, tmp_path / "kept", **way)
+    assert resumed == undisturbed
+    assert report.checkpoint.used == 1
+    assert seen[-2] == (48, 5)  # batches of the first pass, the plan being the first entry
 
 
 def test_what_is_found_is_really_used(model, tmp_path):
@@ -215,13 +238,14 @@ def test_finished_solutions_are_not_solved_again(way, model, tmp_path, monkeypat
 
 def test_kept_solutions_are_really_used(model, tmp_path, monkeypatch):
     undisturbed, _ = run(model)
-    assert next(n for n in range(3, 20) if _kept_a_solution(monkeypatch, n, model, tmp_path / "kept", {}))
-    for file in entries(tmp_path / "kept", "solution"):
+    saves = next(n for n in range(3, 20) if _kept_a_solution(monkeypatch, n, model, tmp_path / f"kept{n}", {}))
+    kept = tmp_path / f"kept{saves}"
+    for file in entries(kept, "solution"):
         arrays, about = tensorfile.read(file)
         with file.open("wb") as opened:
             tensorfile.write(opened, {name: array[::-1] * 0.5 for name, array in arrays.items()}, about)
     with suppress(ToleranceError):  # another layer may be reverted, or none be left
-        assert run(model, tmp_path / "kept")[0] != undisturbed
+        assert run(model, kept)[0] != undisturbed
 
 
 def _kept_a_solution(monkeypatch, saves, model, folder, way):
@@ -321,7 +345,7 @@ def test_what_was_made_from_anything_else_is_left_alone_and_said(change, said, m
     assert again == undisturbed
     assert report.checkpoint.used == 0
     (reason,) = report.checkpoint.rejected
-    assert reason.endswith(f"2 entries (0.0 MiB) for {said}")
+    assert reason.endswith(f"3 entries (0.0 MiB) for {said}")
     assert all(file.read_bytes() == content for file, content in before.items())
 
 

@@ -193,6 +193,17 @@ def test_outputs_are_kept_only_where_there_is_room(costs, weights):
     assert none.kept == 0
 
 
+def test_a_former_plan_stays_where_it_fits(costs, weights):
+    tight = planned(costs, weights)
+    assert len(tight.waves) > 1
+    roomy = Budget(2**40, 0, None, asked=True)
+    kept = make_plan(costs, weights, None, roomy, replace(tight, batch_size=4))
+    assert (kept.waves, kept.batch_size) == (tight.waves, 4)
+    assert kept.predicted < planned(costs, weights, 2**40).predicted
+    whole = planned(costs, weights, 2**40)  # which fits no more: nobody has granted so much
+    assert make_plan(costs, weights, None, Budget(2**40, 0, None, asked=False), whole) == tight
+
+
 MEASURED = """
 import sys
 from onnx_optshift import shift

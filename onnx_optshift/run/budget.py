@@ -136,11 +136,13 @@ class Costs:
         return 0 if self.apart else min(KEPT_OUTPUT_BYTES, self.outputs * self.samples)
 
 
-def make_plan(costs: Costs, weights: Sequence[Weight], batch_size: int | None, budget: Budget) -> Plan:
+def make_plan(
+    costs: Costs, weights: Sequence[Weight], batch_size: int | None, budget: Budget, former: Plan | None = None
+) -> Plan:
     """Fixes batch size and waves so that the predicted peak stays within the budget.
 
     Where nobody set a limit, the statistics of a large model take no more than the largest layer's working set: a run
-    then needs little more than the model itself.
+    then needs little more than the model itself. Both stay as in a former plan where that would fit now.
 
     Raises:
         InputError: Even one layer and one sample at a time would not fit.
@@ -167,6 +169,8 @@ def make_plan(costs: Costs, weights: Sequence[Weight], batch_size: int | None, b
     size = batch_size or DEFAULT_BATCH_SIZE
     while batch_size is None and size > 1 and any(peak(wave, size) > room for wave in waves):
         size //= 2
+    if former is not None and all(fits(wave) and peak(wave, former.batch_size) <= room for wave in former.waves):
+        waves, size = former.waves, former.batch_size
     predicted = budget.used + max((peak(wave, size) for wave in waves), default=model + kept)
     activations = max((costs.running(wave) for wave in waves), default=0) * min(size, costs.samples)
     statistics = max((costs.held(wave) for wave in waves), default=0)

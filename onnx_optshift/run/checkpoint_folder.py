@@ -34,8 +34,10 @@ _T = TypeVar("_T")
 EVERY, LEAST_SHARE = 30.0, 20
 FOLDER = re.compile(r"[0-9a-f]{16}")
 _SUFFIX, _UNFINISHED = ".safetensors", ".new"
+# Is no work that is saved, but how to do it.
+_PLAN = "plan"
 # What outlives a run that went well: all else can only serve the same run again.
-_LASTING = ("statistics", "plan")
+_LASTING = ("statistics", _PLAN)
 _OTHER = {
     "model": "another model",
     "data": "other data",
@@ -127,7 +129,8 @@ class Folder(Checkpoint):
         rejected += self._others
         if idle := [file for file in idle if file.exists()]:
             rejected.append(f"{_counted(idle)} of runs with other options")
-        return CheckpointInfo(str(self._path), len(self._used), len(self._saved), tuple(rejected), self._failed)
+        used, saved = (sum(not name.startswith(_PLAN) for name in names) for names in (self._used, self._saved))
+        return CheckpointInfo(str(self._path), used, saved, tuple(rejected), self._failed)
 
     def finish(self) -> None:
         """See `Checkpoint.finish`."""

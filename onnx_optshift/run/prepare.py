@@ -27,6 +27,7 @@ from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.budget import Budget, make_plan
 from onnx_optshift.run.identity import check_folder, checkpoint
+from onnx_optshift.run.kept_plan import kept_plan
 from onnx_optshift.run.masking import find_mask
 from onnx_optshift.run.weighing import output_rows, weighed
 from onnx_optshift.run.world import ALONE, World, check_same
@@ -153,6 +154,9 @@ def prepare(
     costs = bench.costs(samples, parts=1 + data.split + rounds, metric=settings.objective == "curvature")
     budget = Budget.least(world.gather(Budget.of(settings.max_memory, device.solve, world.local_size)))
     plan = make_plan(costs, bench.weights, settings.batch_size, budget)
+    asked = f"batch size {settings.batch_size}, memory {settings.max_memory}, {costs.parts} parts, {costs.metric}"
+    if (former := world.once(partial(kept_plan, done, plan, bench.taps, asked))) != plan:
+        plan = make_plan(costs, bench.weights, settings.batch_size, budget, former)
     size, kept, waves = plan.batch_size, plan.kept, plan.waves
     bench = replace(bench, batch_size=size, kept_bytes=kept, waves=waves, rows=costs.rows, checkpoint=done)
     coarse = settings.tolerance == "auto" or settings.tolerance >= LEAST_FOR_SINGLE
