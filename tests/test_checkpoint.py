@@ -1,7 +1,5 @@
-"""A run that was killed goes on where it was and gives the bytes of one that was not; what does not fit is not used."""
+"""A run that was killed goes on where it was and gives the bytes of one that was not."""
 
-import json
-import shutil
 from contextlib import suppress
 from dataclasses import replace
 
@@ -9,29 +7,13 @@ import numpy as np
 import onnx
 import pytest
 import tiny_models as tiny
+from checkpoint_cases import WAYS, captures, entries, killed_after, run
 
 import onnx_optshift
 from onnx_optshift import tensorfile
-from onnx_optshift.errors import InputError, ToleranceError
+from onnx_optshift.errors import ToleranceError
 from onnx_optshift.run import checkpoint_folder, prepare
-from onnx_optshift.run.bench import Bench
 from onnx_optshift.run.layers import Layers
-
-# 4 samples a batch: 12 batches fit and 3 judge; the rows of the wider layer become a Gram matrix in the middle of it.
-# The last inputs are always 0: freedom for an exact shift.
-DATA = {"x": tiny.weight(60, 24, seed=1) * (np.arange(24) < 15), "labels": np.arange(60) % 3}
-DATA["x"] = DATA["x"].astype(np.float32)
-WAYS = {
-    "exact": {},
-    "tolerance": {"tolerance": 0.05},
-    "on a grid": {"tolerance": "auto", "objective": "range", "quantization_bits": 4},
-    "stochastic": {"stochastic": 12, "heldout": "none"},
-    "curvature": {"objective": "curvature", "tolerance": 0.05},
-}
-
-
-class Killed(BaseException):
-    """As if the process had died here: nobody catches it."""
 
 
 @pytest.fixture(name="model")
@@ -46,48 +28,6 @@ def fixture_often(monkeypatch):
     """Sums of a pass are kept after every batch."""
     monkeypatch.setattr(checkpoint_folder, "EVERY", 0.0)
     monkeypatch.setattr(checkpoint_folder, "LEAST_SHARE", 0)
-
-
-def run(model, folder=None, data=DATA, *, batch_size=4, **options):
-    """The bytes of the shifted model, and the report."""
-    result = onnx_optshift.shift(model, data, batch_size=batch_size, checkpoint=folder, **options)
-    return result.path.read_bytes(), result.report
-
-
-def killed_after(monkeypatch, saves, model, folder, **options):
-    """A run that dies after so many saves; whether it came to that."""
-    save, count = checkpoint_folder.Folder._save, 0
-
-    def dying(self, name, entry):
-        nonlocal count
-        save(self, name, entry)
-        count += 1
-        if count == saves:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint_folder.Folder, "_save", dying)
-        try:
-            run(model, folder, **options)
-        except Killed:
-            return True
-    return False
-
-
-def entries(folder, kind=""):
-    return sorted(folder.glob(f"*/{kind}*.safetensors"))
-
-
-def captures(monkeypatch):
-    """Counts batches that are really run for statistics."""
-    seen, capture = [], Bench.capture
-
-    def counting(self, taps, samples, stage, spanning, begun):
-        seen.append((len(samples), begun.done))
-        return capture(self, taps, samples, stage, spanning, begun)
-
-    monkeypatch.setattr(Bench, "capture", counting)
-    return seen
 
 
 def every_save(way, model, tmp_path, monkeypatch, step):
@@ -251,180 +191,3 @@ def test_kept_solutions_are_really_used(model, tmp_path, monkeypatch):
 def _kept_a_solution(monkeypatch, saves, model, folder, way):
     assert killed_after(monkeypatch, saves, model, folder, **way)
     return any(tensorfile.read(file)[0] for file in entries(folder, "solution"))
-
-
-def flip(file, at):
-    data = bytearray(file.read_bytes())
-    data[at] ^= 1
-    file.write_bytes(data)
-
-
-DAMAGES = {
-    "truncated": lambda file: file.write_bytes(file.read_bytes()[:-5]),
-    "cut to nothing": lambda file: file.write_bytes(b""),
-    "longer": lambda file: file.write_bytes(file.read_bytes() + b"0"),
-    "a byte of the data": lambda file: flip(file, -100),
-    "a byte of the length": lambda file: flip(file, 0),
-    "a high byte of the length": lambda file: flip(file, 7),
-    "a byte of the header": lambda file: flip(file, file.read_bytes().index(b"F64")),
-    "the hash": lambda file: flip(file, file.read_bytes().index(b'"sha256":"') + 12),
-    "zeros": lambda file: file.write_bytes(bytes(file.stat().st_size)),
-    "another entry": lambda file: shutil.copy(next(f for f in entries(file.parents[1]) if f != file), file),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_entry_is_never_used_and_that_is_said(damage, model, tmp_path):
-    undisturbed, _ = run(model, tmp_path / "kept")
-    damaged = entries(tmp_path / "kept", "statistics")[0]
-    DAMAGES[damage](damaged)
-    again, report = run(model, tmp_path / "kept")
-    assert again == undisturbed
-    assert report.checkpoint.used == 1
-    (said,) = report.checkpoint.rejected
-    assert said.startswith(damaged.name)
-    assert run(model, tmp_path / "kept")[1].checkpoint.used == 2  # mended
-
-
-def test_every_byte_of_a_file_counts(tmp_path):
-    file, arrays = tmp_path / "file", {"a": tiny.weight(3), "b": np.arange(2)}
-    with file.open("wb") as opened:
-        tensorfile.write(opened, arrays, {"word": '"sha256":"0"'})
-    whole = file.read_bytes()
-    found, about = tensorfile.read(file)
-    assert about == {"word": '"sha256":"0"'}
-    assert all(np.array_equal(found[name], arrays[name]) for name in arrays)
-    for at in range(len(whole)):
-        flip(file, at)
-        with pytest.raises(ValueError, match=r"hash|cut short"):
-            tensorfile.read(file)
-        file.write_bytes(whole)
-
-
-def another_model(path, monkeypatch):
-    onnx.save(tiny.two_layers(seed=1, width=24), path)
-
-
-def another_version(path, monkeypatch):
-    monkeypatch.setattr(onnx_optshift.run.identity.metadata, "version", lambda _: "9.9.9")
-
-
-def other_sources(path, monkeypatch):
-    monkeypatch.setattr(onnx_optshift.run.identity, "_sources", lambda: "changed in place")
-
-
-def another_torch(path, monkeypatch):
-    monkeypatch.setattr(onnx_optshift.run.identity, "versions", lambda: ("1.99", "2.99"))
-
-
-def other_threads(path, monkeypatch):
-    monkeypatch.setattr(onnx_optshift.run.identity.torch, "get_num_threads", lambda: 77)
-
-
-def other_data(path, monkeypatch):
-    return {**DATA, "x": np.roll(DATA["x"], 1, axis=0)}
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (another_model, "another model"),
-        (other_data, "other data"),
-        (another_version, "another version of this package and another version of numpy"),
-        (other_sources, "another version of this package"),
-        (another_torch, "another version of torch and another version of onnxruntime"),
-        (other_threads, "another machine or number of threads"),
-    ],
-)
-def test_what_was_made_from_anything_else_is_left_alone_and_said(change, said, model, tmp_path, monkeypatch):
-    run(model, tmp_path / "kept")
-    before = {file: file.read_bytes() for file in entries(tmp_path / "kept")}
-    data = change(model, monkeypatch) or DATA
-    undisturbed, _ = run(model, data=data)
-    again, report = run(model, tmp_path / "kept", data=data)
-    assert again == undisturbed
-    assert report.checkpoint.used == 0
-    (reason,) = report.checkpoint.rejected
-    assert reason.endswith(f"3 entries (0.0 MiB) for {said}")
-    assert all(file.read_bytes() == content for file, content in before.items())
-
-
-def test_external_data_counts_as_the_model(tmp_path):
-    path = tmp_path / "model.onnx"
-    tiny.save_external(tiny.two_layers(width=24), path, {"W1": "w.data", "W2": "w.data"})
-    run(path, tmp_path / "kept")
-    assert run(path, tmp_path / "kept")[1].checkpoint.used == 2
-    flip(tmp_path / "w.data", 0)  # the model file stays as it was
-    _, report = run(path, tmp_path / "kept")
-    assert report.checkpoint.used == 0
-    assert report.checkpoint.rejected[0].endswith("another model")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"batch_size": 5}, {"seed": 1}, {"heldout_fraction": 0.3}, {"heldout": "none"}, {"nodes_to_exclude": "W1"}],
-)
-def test_entries_of_other_options_are_not_used_and_that_is_said(options, model, tmp_path):
-    run(model, tmp_path / "kept")
-    again, report = run(model, tmp_path / "kept", **options)
-    assert again == run(model, **options)[0]
-    assert report.checkpoint.used == 0
-    (said,) = report.checkpoint.rejected
-    assert said.endswith("of runs with other options")
-
-
-def test_samples_that_are_run_one_by_one_are_other_data(model, tmp_path):
-    run(model, tmp_path / "kept")
-    feeds = [{"x": row[None]} for row in DATA["x"]]
-    unlabelled = {"x": DATA["x"]}
-    run(model, tmp_path / "kept", data=unlabelled)
-    report = run(model, tmp_path / "kept", data=feeds)[1]
-    assert report.calibration.fingerprint == run(model, data=unlabelled)[1].calibration.fingerprint
-    assert report.checkpoint.used == 0
-
-
-def test_what_dead_processes_left_is_cleared_away_and_the_living_keep_theirs(model, tmp_path):
-    run(model, tmp_path / "kept")
-    home = entries(tmp_path / "kept")[0].parent
-    dead, alive = home / ".dead.new", home / ".alive.new"
-    dead.write_bytes(b"half")
-    with alive.open("wb") as file:
-        onnx_optshift.write.atomic.lock(file, wait=True)
-        run(model, tmp_path / "kept")
-        assert not dead.exists()
-        assert alive.exists()
-
-
-def test_a_disk_that_is_full_ends_the_keeping_and_not_the_run(model, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tensorfile, "write", full)
-    bytes_, report = run(model, tmp_path / "kept")
-    assert bytes_ == run(model)[0]
-    assert report.checkpoint.failed == "nothing more was kept: No space left on device"
-    assert report.checkpoint.saved == 0
-
-
-def test_a_folder_that_holds_anything_else_is_refused(model, tmp_path):
-    with pytest.raises(InputError, match=r"holds 'model.onnx', which is none of a checkpoint's"):
-        run(model, tmp_path)
-    with pytest.raises(InputError, match=r"model.onnx is a file. Give a folder"):
-        run(model, model)
-    with pytest.raises(InputError, match="checkpoint: expected a path"):
-        run(model, 3)
-
-
-def test_json_and_terminal_say_what_was_taken(model, tmp_path, capsys):
-    from onnx_optshift.cli import main
-
-    np.savez(tmp_path / "model.calibration.npz", **DATA)
-    words = [str(model), str(tmp_path / "out.onnx"), "--checkpoint", str(tmp_path / "kept")]
-    for _ in range(2):
-        assert main([*words, "--report", str(tmp_path / "report.json")]) == 0
-    assert f"2 finished or begun parts of the work taken from {tmp_path / 'kept'}" in capsys.readouterr().out
-    found = json.loads((tmp_path / "report.json").read_text())
-    kept = str(tmp_path / "kept")
-    assert found["settings"]["checkpoint"] == kept
-    assert found["checkpoint"] == {"folder": kept, "used": 2, "saved": 3, "rejected": [], "failed": None}
-    assert main(["inspect", *words[:1], *words[2:]]) == 0

@@ -42,3 +42,12 @@ def test_nothing_is_broken():
     done = subprocess.run([sys.executable, str(TOOL), "--kills", "9"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert " 0 broken" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only isolated where processes fork safely")
+def test_runs_that_keep_what_they_do_end_with_the_same_bytes():
+    words = [sys.executable, str(TOOL), "--kills", "9", "--checkpoint"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert " 0 broken" in done.stdout

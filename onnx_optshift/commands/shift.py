@@ -84,6 +84,7 @@ def run(
     output = None if settings.dry_run else out
     if output is not None:
         check_target(output)  # before the work, not after it
+    check_places(output, reports, (), force=True, checkpoint=settings.checkpoint)  # what can be known by now
     with progress.stage("preparation"):
         prepared = prepare(model, settings, calibration, heldout, make_up=True, progress=progress, world=world)
     reads = [*prepared.reads, *prepared.model.data_files, settings.custom_op_library]
