@@ -10,15 +10,15 @@ from pathlib import Path
 
 MODULE = ("-m", "onnx_optshift")
 FAULTY = (str(Path(__file__).with_name("faulty_run.py")),)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 SECONDS = 240  # a run that hangs is an error
 
 
 def torchrun(count: int, *words: object, program: Sequence[str] = MODULE, fault: str = "waves"):
     """A finished run of so many processes, with torchrun's own words among those of the processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
     environment = {**os.environ, "FAULT": fault}
     return subprocess.run(
-        [*command, *program, *map(str, words)],
+        [*TORCHRUN, str(count), *program, *map(str, words)],
         capture_output=True,
         text=True,
         check=False,

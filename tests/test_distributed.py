@@ -3,14 +3,17 @@
 import json
 import os
 import signal
+import subprocess
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
-from several import FAULTY, SECONDS, finished, ours, started, torchrun
+from several import FAULTY, MODULE, SECONDS, TORCHRUN, finished, ours, started, torchrun
 
 from onnx_optshift.commands import shift
 from onnx_optshift.settings import Settings
@@ -198,6 +201,52 @@ def test_asked_to_end_they_leave_nothing(number, tmp_path):
     assert processes[0].returncode == 128 + number
     assert text == ("interrupted: nothing was written\n" if number == signal.SIGINT else "")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@linux
+@pytest.mark.parametrize("seed", range(8))
+def test_killed_at_a_random_moment(seed, tmp_path):
+    psutil = pytest.importorskip("psutil")
+    generator = np.random.default_rng(seed)
+    command = [*TORCHRUN, "2", *MODULE, *map(str, given("digits_mlp", tmp_path))]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        workers = []
+        while len(workers) < 2:  # torchrun, then one that waits for each process, then these
+            assert job.poll() is None
+            waiting = psutil.Process(job.pid).children()
+            workers = [worker for one in waiting for worker in one.children()]
+        time.sleep(generator.uniform(0, 6))
+        with suppress(psutil.NoSuchProcess):
+            workers[generator.integers(2)].kill()
+        _, text = job.communicate(timeout=SECONDS)
+    if job.returncode == 0:  # it was over
+        assert not ours(text)
+        assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"]
+        return
+    (message,) = ours(text)
+    assert "killed (SIGKILL)" in message
+    # Once the file has its place only the report is left to do.
+    assert [path.name for path in tmp_path.iterdir()] == ["out.onnx"] * ("out.onnx was written before" in message)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_serves_the_same_number_of_processes(tmp_path):
+    found = {}
+    for name, count in (("first", 2), ("again", 2), ("alone", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        options = ["--checkpoint", tmp_path / "kept", "--report", folder / "report.json", "--tolerance", "0.02"]
+        done = torchrun(count, *given("digits_mlp", folder, *options))
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads((folder / "report.json").read_text())["checkpoint"]
+    outs = [(tmp_path / name / "out.onnx").read_bytes() for name in ("first", "again")]
+    assert outs[0] == outs[1]
+    assert found["first"]["used"] == 0 < found["first"]["saved"]
+    assert found["again"]["used"] > 0
+    assert not found["again"]["rejected"]
+    assert found["alone"]["used"] == 0
+    assert "another number of processes" in " ".join(found["alone"]["rejected"])
 
 
 @pytest.mark.slow

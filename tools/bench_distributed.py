@@ -1,6 +1,6 @@
 """Wall time of one run in 1, 2, ... processes on one host, each with one thread on a processor of its own.
 
-    python tools/bench_distributed.py [--processes 1 2] [--samples 256] [--repeats 5] [--layers 6] [--width 384]
+    python tools/bench_distributed.py [--processes 1 2] [--samples 256] [--repeats 3] [--layers 6] [--width 384]
         [--json FILE] [-- OPTIONS of onnx_optshift]
 
 The model is the encoder of `bench_models.py`. One process is `python -m onnx_optshift`, several are torchrun; with N of
@@ -92,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--samples", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--tokens", type=int, default=128)
