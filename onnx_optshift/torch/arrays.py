@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ml_dtypes
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,12 +12,14 @@ def as_array(tensor: Tensor) -> NDArray[np.generic]:
     """A tensor's content."""
     tensor = tensor.detach().cpu()
     if tensor.dtype == torch.bfloat16:
+        import ml_dtypes  # only needed here: older versions of onnx do without it
+
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
 
 def as_tensor(array: NDArray[np.generic]) -> Tensor:
     """An array as a tensor on the CPU; a view of it."""
-    if array.dtype == ml_dtypes.bfloat16:
+    if array.dtype.name == "bfloat16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(array)
