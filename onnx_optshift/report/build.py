@@ -17,6 +17,7 @@ from onnx_optshift.decide.decision import Decision
 from onnx_optshift.decide.gate import Gate
 from onnx_optshift.graph.weights import Skip, Weight
 from onnx_optshift.report import model as schema
+from onnx_optshift.report import run_info
 from onnx_optshift.report.progress import SILENT, Progress
 from onnx_optshift.run.budget import peak_memory
 from onnx_optshift.run.candidate import Solved
@@ -72,7 +73,7 @@ def build_report(findings: Findings, clock: Clock, **rest: Any) -> schema.Report
     runtime, torch_version = versions()
     return schema.Report(
         command=findings.command,
-        tool=schema.ToolInfo(
+        tool=run_info.ToolInfo(
             version=metadata.version("onnx-optshift"),
             python=platform.python_version(),
             onnx=metadata.version("onnx"),
@@ -80,7 +81,7 @@ def build_report(findings: Findings, clock: Clock, **rest: Any) -> schema.Report
             torch=torch_version,
             numpy=metadata.version("numpy"),
         ),
-        model=schema.ModelInfo(
+        model=run_info.ModelInfo(
             input=str(model.path or "ModelProto"),
             output=str(findings.output) if findings.output else None,
             sha256_in=model.sha256,
@@ -89,7 +90,7 @@ def build_report(findings: Findings, clock: Clock, **rest: Any) -> schema.Report
             ir_version=model.ir_version,
         ),
         settings={f.name: getattr(settings, f.name) for f in fields(settings)},
-        device=schema.DeviceInfo(device.requested, device.capture, device.solve, device.note),
+        device=run_info.DeviceInfo(device.requested, device.capture, device.solve, device.note),
         calibration=_data_info(data.calibration, split=False) if data else None,
         heldout=_data_info(data.heldout, split=data.split) if data and data.heldout is not None else None,
         layers=(*(_layer(weight, findings) for weight in prepared.weights), *map(_skipped, prepared.skips)),
@@ -196,8 +197,8 @@ def _heldout(findings: Findings) -> schema.HeldoutResult | None:
     )
 
 
-def _data_info(samples: Samples, *, split: bool) -> schema.DataInfo:
-    return schema.DataInfo(
+def _data_info(samples: Samples, *, split: bool) -> run_info.DataInfo:
+    return run_info.DataInfo(
         source=samples.source,
         samples=len(samples),
         synthetic=samples.synthetic,

@@ -25,7 +25,8 @@ from onnx_optshift.report.figures import (
     percent,
     share_change,
 )
-from onnx_optshift.report.model import CheckpointInfo, DataInfo, LayerReport, Report
+from onnx_optshift.report.model import LayerReport, Report
+from onnx_optshift.report.run_info import CheckpointInfo, DataInfo
 from onnx_optshift.report.section import Fact, Facts, Note, Section, Table, explained, marks
 from onnx_optshift.report.sections_diagnose import conditions, features, flatness, ranks
 from onnx_optshift.report.sections_evidence import drift, heldout, outputs, quantization, worst_output

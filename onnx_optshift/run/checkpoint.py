@@ -17,7 +17,7 @@ from torch import Tensor
 
 from onnx_optshift.capture.statistics import Moments
 from onnx_optshift.geometry import Tap
-from onnx_optshift.report.model import CheckpointInfo
+from onnx_optshift.report.run_info import CheckpointInfo
 
 _T = TypeVar("_T")
 

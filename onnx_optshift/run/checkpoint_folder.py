@@ -23,7 +23,7 @@ import torch
 from onnx_optshift import tensorfile
 from onnx_optshift.capture.statistics import Moments, from_state, state_of
 from onnx_optshift.geometry import Tap
-from onnx_optshift.report.model import CheckpointInfo
+from onnx_optshift.report.run_info import CheckpointInfo
 from onnx_optshift.run.checkpoint import Beside, Checkpoint, Entry, Pass, digest
 from onnx_optshift.write.atomic import lock, sync
 
