@@ -188,7 +188,8 @@ class OptimumShift:
             self._disarm()
         else:
             found = self._discovered()
-            statistics = self._capture(found)
+            with ranks.together(self._group):
+                statistics = self._capture(found)
         self._resting = {name: left - 1 for name, left in self._resting.items() if left > 1}
         if not found.weights:
             return  # all of them rest
@@ -206,9 +207,9 @@ class OptimumShift:
         if self._momentum == "project":
             self._project(layers, candidate, found)
         ranks.agree([found.parameters[weight.name] for weight in found.weights], self._group)
-        for name, solved in candidate.solved.items():
-            if solved.shift.outcome is Outcome.FULL_RANK and self._recheck > 1:
-                self._resting[name] = self._recheck - 1
+        full = [name for name, solved in candidate.solved.items() if solved.shift.outcome is Outcome.FULL_RANK]
+        # One decision for all ranks: they must look at the same layers.
+        self._resting |= dict.fromkeys(ranks.gathered(full, self._group)[0], self._recheck - 1)
         self.result = ShiftResult(layer_reports(layers, candidate, found.skips), None, candidate.tolerance)
 
     def _capture(self, found: Discovered) -> Statistics:
