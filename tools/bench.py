@@ -28,7 +28,7 @@ from pathlib import Path
 
 # Nothing heavy: the children's peaks are measured, and Linux carries a parent's over to them.
 from bench_memory import Run, measure
-from performance_page import picture, put
+from performance_page import make_model, picture, put
 from plots import stacked_bars
 
 TOOLS = Path(__file__).parent
@@ -190,8 +190,7 @@ def cases(names: Sequence[str], magika: Path, folder: Path, samples: int | None)
     for name in names:
         place = magika if name == "magika" else folder / name
         if name != "magika":
-            command = [sys.executable, str(TOOLS / "bench_models.py"), name, str(place), str(samples or SAMPLES[name])]
-            subprocess.run(command, check=True)
+            make_model(name, place, samples or SAMPLES[name])
         elif not (place / "model.onnx").exists():
             print(f"magika: skipped: no model.onnx in {place}; name its folder with --magika", file=sys.stderr)
             continue
@@ -217,9 +216,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="cores and threads of each process (default: all)")
     parser.add_argument("--magika", type=Path, default=MAGIKA, metavar="DIR", help="model.onnx and calibration.npz")
     parser.add_argument(
-        "--others", type=float, default=20.0, help="seconds after which naive and peer are not repeated"
+        "--others", type=float, default=10.0, help="seconds after which naive and peer are not repeated"
     )
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds of one naive or peer run")
+    parser.add_argument("--timeout", type=float, default=30.0, help="seconds of one naive or peer run")
     parser.add_argument("--profile", action="store_true", help="say where the time of one run goes, and nothing else")
     parser.add_argument("--json", type=Path, help="file for the raw figures")
     parser.add_argument("--write", action="store_true", help="table and picture into docs/")

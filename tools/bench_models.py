@@ -7,8 +7,10 @@ miss one direction), images have the spectrum of photographs, and words are as u
 
 from __future__ import annotations
 
+import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -160,13 +162,13 @@ def _write(folder: Path, model: onnx.ModelProto, data: dict[str, NDArray[np.gene
     np.savez(folder / "calibration.npz", **data)
 
 
-MODELS = {"encoder": encoder, "cnn": residual_network, "mlp": wide_mlp}
+MODELS: dict[str, Callable[..., None]] = {"encoder": encoder, "cnn": residual_network, "mlp": wide_mlp}
 
 
 def main() -> None:
-    """Writes `model.onnx` and `calibration.npz` of one model: NAME FOLDER SAMPLES."""
-    name, folder, samples = sys.argv[1:]
-    MODELS[name](Path(folder), int(samples))
+    """Writes `model.onnx` and `calibration.npz` of one model: NAME FOLDER SAMPLES [SIZES as JSON]."""
+    name, folder, samples, *sizes = sys.argv[1:]
+    MODELS[name](Path(folder), int(samples), **json.loads(sizes[0] if sizes else "{}"))
 
 
 if __name__ == "__main__":
