@@ -1,15 +1,24 @@
 """What was asked for is what runs, or is said, or is an error; and what comes out of a session."""
 
+import subprocess
+import sys
+
 import numpy as np
 import onnxruntime
 import pytest
 import tiny_models as tiny
 import torch
 
+from onnx_optshift.calibration.inputs import InputSpec
+from onnx_optshift.calibration.load import load
 from onnx_optshift.capture import session as session_module
 from onnx_optshift.capture.device import CPU, CUDA, choose_device, fallback_note
 from onnx_optshift.capture.session import Session, resolve_device
 from onnx_optshift.errors import DeviceError, InputError
+from onnx_optshift.graph.discover import discover
+from onnx_optshift.graph.modelfile import ModelFile
+from onnx_optshift.graph.selection import Selection
+from onnx_optshift.run.bench import Bench
 
 BOTH = [CUDA, CPU]
 X = tiny.weight(4, 3)
@@ -180,6 +189,74 @@ def test_failures_are_one_message_each():
         session.run({"x": X[:, :2]})
     assert ".cc:" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+GROWTH = """
+import sys
+import numpy as np, psutil
+from onnx_optshift.capture.session import Session, resolve_device
+model, x, device = open(sys.argv[1], "rb").read(), np.ones((64, 3), np.float32), resolve_device("cpu")
+sessions, found = [], []
+for _ in range(5):
+    sessions.append(Session(model, device, shared_arena=sys.argv[2] == "shared"))
+    sessions[-1].run({"x": x})
+    found.append(psutil.Process().memory_info().rss / 2**20)
+print(*found)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="what allocators hold differs")
+def test_sessions_share_their_working_memory(tmp_path):
+    wide = 2**18  # 64 MiB for 64 rows
+    body = "h = MatMul(x, U) a = Tanh(h) y = ReduceMean<axes = [1], keepdims = 0>(a)"
+    text = f"g (float[n, 3] x) => (float[n] y) {{ {body} }}"
+    (tmp_path / "model.onnx").write_bytes(tiny.model(text, {"U": tiny.weight(3, wide)}).SerializeToString())
+
+    def grown(kind):
+        run = [sys.executable, "-c", GROWTH, str(tmp_path / "model.onnx"), kind]
+        done = subprocess.run(run, check=True, capture_output=True, text=True)
+        # The second may still find room cut up by what the first one left.
+        _, second, *_, last = map(float, done.stdout.split())
+        return last - second
+
+    assert grown("own") > 150  # negative control: three further sessions
+    assert grown("shared") < 50
+
+
+def test_a_gpu_that_solves_multiplies_in_full_float32(monkeypatch):
+    monkeypatch.setattr(session_module._runtime(), "get_available_providers", lambda: BOTH)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for requested, precision in (("cpu", "high"), ("cuda", "highest")):  # negative control: it stays as it was
+            torch.set_float32_matmul_precision("high")
+            resolve_device(requested)
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.gpu
+def test_moments_are_taken_on_the_gpu_without_a_copy_to_the_host(monkeypatch):
+    if not torch.cuda.is_available() or CUDA not in onnxruntime.get_available_providers():
+        pytest.skip("needs a CUDA device and CUDA builds of torch and onnxruntime")
+    source = ModelFile.load(tiny.two_layers(width=64))
+    weights, _ = discover(source, Selection())
+    (spec,) = source.inputs
+    x = np.random.default_rng(0).normal(size=(500, 64)).astype(np.float32)
+    samples = load([{spec.name: x}], [InputSpec(spec.name, spec.dtype, spec.shape)])
+    found = {}
+    for device in ("cpu", "cuda"):
+        bench = Bench.open(source, weights, resolve_device(device), batch_size=32)
+        if device == "cuda":  # results on the host come from here alone
+            monkeypatch.setattr(Session, "_run", lambda *_: pytest.fail("activations went to the host"))
+        found[device] = bench.capture(bench.taps, samples)
+    for tap, moments in found["cuda"].items():
+        gram = moments.gram()
+        assert (gram.device.type, gram.dtype) == ("cuda", torch.float64)
+        torch.testing.assert_close(gram.cpu(), found["cpu"][tap].gram(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.gpu

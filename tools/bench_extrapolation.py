@@ -168,7 +168,7 @@ def table(costs: Mapping[str, float], samples: int, gpus: list[int], gpu: Gpu, s
         "",
         f"Measured here, on the CPU ({costs['rate'] / 1e9:.0f} Gflop/s in float64 products): Gram {costs['gram']:.2f} "
         f"operations of products per n d² (1 is the least, as G is symmetric), `eigh` {costs['eigh']:.0f} per d³, "
-        f"a solution with its residual {costs['solution']:.1f} per d² m, and {costs['passes']:.1f} passes over the data.",
+        f"a solution with its residual {costs['solution']:.1f} per d² m; passes over the data {costs['passes']:.1f}.",
         "",
         f"Published ({gpu.source}), not measured: {gpu.name}, {gpu.single / 1e12:.0f} Tflop/s in float32 and "
         f"{gpu.double / 1e12:.0f} in float64, {gpu.memory / 1e9:.0f} GB, {gpu.link / 1e9:.0f} GB/s between GPUs. That "

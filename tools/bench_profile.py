@@ -23,13 +23,13 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-# What the work is for. The innermost counts.
+# What the work is for: functions by the place where they are defined. The innermost counts.
 PURPOSES = {
-    "preparation": ["commands.shift:prepare"],
+    "preparation": ["run.prepare:prepare"],
     "capture": ["run.bench:Bench.capture"],
     "solve": ["run.layers:Layers.solve", "run.layers:Layers.problem"],
     "gate": ["decide.gate:Gate.judge", "decide.gate:Gate.run"],
-    "noise floor": ["prove.written:noise_floor"],
+    "noise floor": ["prove.floor:noise_floor"],
     "written file": ["prove.written:Prover.prove"],
     "report": ["commands.shift:_report"],
 }
@@ -37,28 +37,27 @@ PURPOSES = {
 WORK = {
     "session opened": ["capture.session:Session.__init__"],
     "ONNX Runtime": ["capture.session:Session._run", "capture.session:Session._run_bound"],
-    "finite check, slicing": ["run.bench:observe"],
+    "finite check, slicing": ["stats.rows:observe"],
     "rows to float64": ["stats.rows:_add"],
-    "products": ["stats.moments:InputMoments.update", "stats.rows:patch_gram", "stats.moments:_add_product"],
+    "products": ["stats.moments:InputMoments.update", "stats.patches:patch_gram", "stats.moments:_add_product"],
     "moments merged": ["stats.moments:InputMoments.merge", "stats.moments:InputMoments.gram"],
-    "eigh or SVD": ["run.factored:factor", "run.spanning:factor"],
-    "norms and ranges": ["solve.shift:Shift.unchanged", "solve.shift:Shift.moved_to"],
     "rank looked at": ["run.spanning:Spanning.wanted"],
+    "eigh or SVD": ["solve.spectrum:factor"],
     "V in the eigenbasis": ["solve.spectrum:Spectrum.coordinates"],
     "W from the eigenbasis": ["solve.spectrum:Coordinates.combine"],
     "residual": ["solve.problem:Problem.residual"],
-    "figures of the layer": ["run.layers:facts_of", "run.layers:Layers.measured"],
-    "V to float64": ["run.layers:as_matrix", "run.spanning:as_matrix"],
-    "solution rounded": ["run.layers:finished"],
+    "figures of the layer": ["run.candidate:facts_of", "run.layers:Layers.measured"],
+    "V to float64": ["solve.finish:as_matrix"],
+    "solution rounded": ["solve.finish:finished"],
     "objection": ["solve.objective:Norm.objection"],
     "outputs compared": ["prove.compare:OutputsDifference.update"],
     "weights moved by one unit": ["prove.floor:_one_ulp_away"],
-    "bytes compared and hashed": ["prove.written:holds", "prove.written:digest"],
-    "probe made": ["run.sessions:probe_model"],
+    "bytes compared and hashed": ["prove.static:holds", "write.atomic:digest"],
+    "probe made": ["graph.probes:probe_model"],
     "model read": ["graph.modelfile:ModelFile.load"],
-    "layers found": ["run.prepare:discover"],
-    "data loaded": ["run.prepare:load"],
-    "file written": ["commands.publish:write_beside"],
+    "layers found": ["graph.discover:discover"],
+    "data loaded": ["calibration.load:load"],
+    "file written": ["write.patch:write_beside"],
 }
 
 
@@ -73,7 +72,8 @@ class Clocks:
         self._local = threading.local()
 
     def install(self) -> None:
-        """Puts clocks around all functions of the tables that exist."""
+        """Puts clocks around all functions of the tables that exist, under every name that they were imported by."""
+        importlib.import_module("onnx_optshift.commands.shift")
         for table, is_purpose in ((PURPOSES, True), (WORK, False)):
             for label, places in table.items():
                 for place in places:
@@ -93,6 +93,9 @@ class Clocks:
         inner = found.__func__ if isinstance(found, classmethod) else found
         timed = self._timed(inner, label, is_purpose=is_purpose)
         setattr(owner, name, classmethod(timed) if isinstance(found, classmethod) else timed)
+        for key, other in list(sys.modules.items()):
+            if not parents and key.startswith("onnx_optshift.") and other.__dict__.get(name) is found:
+                setattr(other, name, timed)
 
     def _timed(self, function: Callable[..., Any], label: str, *, is_purpose: bool) -> Callable[..., Any]:
         @functools.wraps(function)

@@ -3,8 +3,8 @@
     python tools/bench_scaling.py [--repeats 3] [--write]
 
 Encoders of `bench_models.py` (sequences of 32 tokens, MLPs four times as wide) run with `--tolerance 0.02`, so that
-every sample is captured, solved for and proved (and `--recapture none`, as large models do). One of the three numbers grows at a time. Slopes are those of lines
-through the logarithms of medians.
+every sample is captured, solved for and proved, and with `--recapture none`, which is what large models get. One of the
+three numbers grows at a time. Slopes are those of lines through the logarithms of medians.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -57,6 +57,12 @@ def _runtime() -> ModuleType:
         import onnxruntime
 
     onnxruntime.set_default_logger_severity(4)
+    kinds, usual = onnxruntime.OrtAllocatorType, onnxruntime.OrtMemType.DEFAULT
+    with suppress(Exception):  # the program that we run in has registered one: then it serves us too
+        onnxruntime.create_and_register_allocator(
+            onnxruntime.OrtMemoryInfo("Cpu", kinds.ORT_ARENA_ALLOCATOR, 0, usual),
+            onnxruntime.OrtArenaCfg(0, -1, -1, -1),
+        )
     return onnxruntime  # type: ignore[no-any-return]
 
 
@@ -70,9 +76,12 @@ def resolve_device(
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     available = _runtime().get_available_providers()
-    return choose_device(
+    device = choose_device(
         requested, providers, available, gpus, allow_cpu_fallback=allow_cpu_fallback, local_rank=local_rank
     )
+    if device.solve != "cpu":
+        torch.set_float32_matmul_precision("highest")  # products of float32 rows on it: no TensorFloat-32 there either
+    return device
 
 
 class Session:
@@ -86,6 +95,8 @@ class Session:
         threads: Threads within one operator; None lets ONNX Runtime choose.
         prepack: Whether kernels may keep copies of the weights in a layout of their own. Without them external data
             stays mapped: loading takes no time, and memory only as the weights are read.
+        shared_arena: Whether its working memory is one that all sessions share and the process keeps; otherwise it is
+            the session's own, and free once that is closed.
         custom_op_library: Shared library with custom operators.
         name: What messages call the model.
 
@@ -107,6 +118,7 @@ class Session:
         optimize: bool = True,
         threads: int | None = None,
         prepack: bool = True,
+        shared_arena: bool = True,
         custom_op_library: str | None = None,
         name: str = "the model",
     ) -> None:
@@ -116,6 +128,10 @@ class Session:
         entries = {
             "session.intra_op.allow_spinning": "0",
             "session.disable_prepacking": str(int(not prepack)),
+            # Sessions run one after the other: together they need what the largest does, not the sum of all.
+            "session.use_env_allocators": str(int(shared_arena)),
+            # Weights stay as long as a session does: they must not cut up what the others use again.
+            "session.use_device_allocator_for_initializers": str(int(shared_arena)),
             "session.model_external_initializers_file_folder_path": str(folder or ""),
             _RECORD_ASSIGNMENT: str(int(device.capture != CPU)),
         }

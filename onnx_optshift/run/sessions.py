@@ -56,7 +56,7 @@ class Sessions:
         options = {"threads": self._threads, **options}
         if self.large:
             self.rest()
-            options = {"prepack": False, **options}
+            options = {"prepack": False, "shared_arena": False, **options}
         if model is None:
             model = self._model.path or probe_model(self._model, ())
         folder = self._model.folder if isinstance(model, bytes) else None
