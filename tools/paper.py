@@ -246,7 +246,7 @@ def write_page(out: Path, docs: Path) -> None:
     write_csv(docs / "paper.csv", rows)
     batches = [row for row in rows if row["noise"] == "0.0" and (row["after"] or "0")[:3] in {"0", "sos"}]
     pictures = {
-        "paper": [row for row in rows if row["size"] == "small"],
+        "paper": [row for row in rows if row["size"] == "small" and row["after"] != "sos0.5"],
         "paper_batches": [row for row in batches if row["optimizer"] == "sgd" and row["during"] == "0"],
     }
     for name, some in pictures.items():

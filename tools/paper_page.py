@@ -146,8 +146,9 @@ def differences(rows: Iterable[Row]) -> str:
         "|---" * 7 + "|",
     ]
     for cell, methods in groups(rows).items():
-        lines.append(f"| **{title(cell)}** |" + " |" * 6)
-        for name, pairs in compared(methods).items():
+        found = compared(methods)
+        lines += [f"| **{title(cell)}** |" + " |" * 6] if found else []
+        for name, pairs in found.items():
             losses = [float(b["test_loss"]) - float(a["test_loss"]) for a, b in pairs]
             cells = [
                 name,
@@ -167,8 +168,13 @@ def _signed(values: Sequence[float]) -> str:
 
 
 def picture(rows: Iterable[Row]) -> str:
-    """Accuracy and trace of every method against SGD alone as SVG; bars are one deviation to each side."""
-    found = [(cell, name, pairs) for cell, methods in groups(rows).items() for name, pairs in compared(methods).items()]
+    """Accuracy and trace against SGD alone of every method with more than one seed, as SVG; bars are deviations."""
+    found = [
+        (cell, name, pairs)
+        for cell, methods in groups(rows).items()
+        for name, pairs in compared(methods).items()
+        if len(pairs) > 1
+    ]
     panels = [
         ("Test accuracy against SGD, points", [Spread.of(gains(pairs)) for *_, pairs in found]),
         ("Trace against SGD, log2", [Spread.of([math.log2(r) for r in ratios(pairs, "trace")]) for *_, pairs in found]),
