@@ -73,7 +73,7 @@ def test_masked_rows_cost_no_freedom(pooled):
     assert np.abs(x[~mask] @ (after - before)).max() > 0.1  # negative control: elsewhere they are not
     whole = onnx_optshift.shift(model(pooled=pooled), data(), heldout="none", row_mask="none")
     assert layer(whole).rank == WIDTH
-    assert layer(whole).rows == mask.size
+    assert WIDTH < layer(whole).rows <= mask.size  # once they span, no more are captured
 
 
 def test_an_input_of_zeros_and_ones_that_masks_nothing_is_not_used():
