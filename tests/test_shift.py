@@ -253,7 +253,7 @@ def test_cuda_gives_the_same_solution(tmp_path):
 
 def test_a_tight_memory_limit_costs_passes_and_changes_nothing(tmp_path, monkeypatch):
     # What the process holds by itself changes from test to test; the plan is made from what comes on top.
-    alone = classmethod(lambda cls, limit, _: cls(limit or 2**40, used=0, device=None, asked=limit is not None))
+    alone = classmethod(lambda cls, limit, *_: cls(limit or 2**40, used=0, device=None, asked=limit is not None))
     monkeypatch.setattr(Budget, "of", alone)
     name = "digits_transformer"
     model, inputs = MODELS / name / "model.onnx", feeds(name, 100)
