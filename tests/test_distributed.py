@@ -164,6 +164,7 @@ def test_one_that_fails_ends_all(what, stage, rank, tmp_path):
 
 
 @linux
+@pytest.mark.slow
 def test_without_a_watch_the_others_end_too(tmp_path):
     # Nobody ends the first process: it sees that the other one is gone, and says so.
     done = finished(2, *given("digits_mlp", tmp_path), program=FAULTY, FAULT="1 solve SIGKILL", PATIENCE="1")

@@ -63,6 +63,7 @@ def test_rows_are_run_once_and_a_damaged_one_again(runner, tmp_path):
     assert times_left_out(path) == first
 
 
+@pytest.mark.slow
 def test_shifts_during_training_shrink_the_classifier(runner):
     made = runner()
     data = made.source.data(0.2, 0)
@@ -74,6 +75,7 @@ def test_shifts_during_training_shrink_the_classifier(runner):
     assert norms[2] < 0.95 * norms[1] < 0.95 * norms[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", ["os", "sos0.5", "sos1", "ball"])
 def test_shifts_after_training_keep_what_they_promise(runner, after):
     made = runner()
