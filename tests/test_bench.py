@@ -169,6 +169,7 @@ def test_without_a_gpu_its_benchmark_says_so_and_ends_with_a_status_of_its_own(c
     assert "finds no CUDA device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_runs_on_a_gpu_runs_on_the_cpu_too():
     rates = bench_gpu.capture(1, "cpu", 32, 16, 1)
     assert set(rates) == {"plain", "handed over", "statistics"}

@@ -44,7 +44,7 @@ def every_save(way, model, tmp_path, monkeypatch, step):
     return saves // step
 
 
-@pytest.mark.parametrize("way", [*WAYS][:2])
+@pytest.mark.parametrize("way", [*WAYS][:1])
 def test_killed_and_taken_up_again_it_gives_the_same_bytes(way, model, tmp_path, monkeypatch, often):
     assert every_save(way, model, tmp_path, monkeypatch, step=29) > 0
 
@@ -73,6 +73,7 @@ def test_a_pass_goes_on_with_the_batch_after_the_last_that_was_kept(model, tmp_p
     assert [begun for _, begun in seen][:3] == [0, 2, 6]
 
 
+@pytest.mark.slow
 def test_a_pass_that_ends_with_full_rank_goes_on_with_what_it_knew(tmp_path, monkeypatch, often):
     # One layer spans after some batches, and is looked at anew when its rows have grown; one never does.
     path, data = tmp_path / "model.onnx", {"x": np.concatenate([tiny.weight(200, 16, seed=1), np.zeros((200, 8))], 1)}
@@ -89,6 +90,7 @@ def test_a_pass_that_ends_with_full_rank_goes_on_with_what_it_knew(tmp_path, mon
     assert run(path, tmp_path / "kept2", data=data)[1].to_dict()["layers"] == whole.to_dict()["layers"]
 
 
+@pytest.mark.slow
 def test_patches_of_images_that_are_thinned_go_on_in_phase(tmp_path, monkeypatch, often):
     text = "g (float[N,1,24,24] x) => (float[N,4] y) { h = Conv(x, W, b)  r = Relu(h)  p = GlobalAveragePool(r) "
     text += "f = Flatten(p)  y = MatMul(f, V) }"
@@ -109,6 +111,7 @@ def test_patches_of_images_that_are_thinned_go_on_in_phase(tmp_path, monkeypatch
     assert run(path, tmp_path / "kept", **way)[0] == undisturbed
 
 
+@pytest.mark.slow
 def test_finished_statistics_serve_other_options(model, tmp_path, monkeypatch):
     seen = captures(monkeypatch)
     _, first = run(model, tmp_path / "kept", tolerance=0.02, row_weighting="none")
@@ -123,6 +126,7 @@ def test_finished_statistics_serve_other_options(model, tmp_path, monkeypatch):
     assert {path.name.partition("-")[0] for path in entries(tmp_path / "kept")} == {"plan", "statistics"}
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_killed_run_is_kept_though_other_memory_is_free(model, tmp_path, monkeypatch, often):
     make_plan = prepare.make_plan
 
@@ -161,6 +165,7 @@ def test_what_is_found_is_really_used(model, tmp_path):
     assert poisoned != undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [WAYS["exact"], {**WAYS["on a grid"], "recapture": "none"}])
 def test_finished_solutions_are_not_solved_again(way, model, tmp_path, monkeypatch):
     solved, solve, snap = [], Layers.solve, Layers.snap
@@ -177,6 +182,7 @@ def test_finished_solutions_are_not_solved_again(way, model, tmp_path, monkeypat
     assert not entries(kept, "solution")  # they serve no other run
 
 
+@pytest.mark.slow
 def test_kept_solutions_are_really_used(model, tmp_path, monkeypatch):
     undisturbed, _ = run(model)
     saves = next(n for n in range(3, 20) if _kept_a_solution(monkeypatch, n, model, tmp_path / f"kept{n}", {}))

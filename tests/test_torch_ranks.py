@@ -84,6 +84,7 @@ def fixture_said(tmp_path_factory):
     return folder, said
 
 
+@pytest.mark.slow
 def test_two_processes_shift_as_one_does(said, monkeypatch):
     folder, _ = said
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1")):
@@ -99,6 +100,7 @@ def test_two_processes_shift_as_one_does(said, monkeypatch):
         assert (first[name] - value).norm() <= 1e-5 * value.norm(), name
 
 
+@pytest.mark.slow
 def test_one_process_without_data_ends_both(said):
     first, second = said[1]
     assert "0 InputError rank 1 failed: InputError: data holds no batch" in first
