@@ -39,6 +39,7 @@ def made(request, tmp_path):
     return request.param, tmp_path / "model.onnx", tmp_path / "calibration.npz"
 
 
+@pytest.mark.slow
 def test_the_floor_covers_every_distinct_input_once(made):
     name, model, calibration = made
     found = bench_floor.floor(model, calibration, None)
@@ -50,6 +51,7 @@ def test_the_floor_covers_every_distinct_input_once(made):
         assert len(weights) > sum(found["ways"].values())  # q, k and v read one input
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["matrix", "patches"])
 def test_every_way_to_a_gram_matrix_gives_that_of_the_package(form):
     generator = torch.Generator().manual_seed(0)
@@ -79,6 +81,7 @@ def test_rows_that_are_few_are_factored_themselves():
     assert each.factor()[0] > 0
 
 
+@pytest.mark.slow
 def test_a_profile_adds_up_and_knows_every_function(monkeypatch):
     ticks = itertools.count()
     monkeypatch.setattr(bench_profile.time, "perf_counter", lambda: float(next(ticks)))
