@@ -1,4 +1,4 @@
-"""Parameters as numpy arrays and back: a view where memory allows it, bfloat16 included."""
+"""Parameters as numpy arrays: a view where memory allows it, bfloat16 included."""
 
 from __future__ import annotations
 
@@ -16,10 +16,3 @@ def as_array(tensor: Tensor) -> NDArray[np.generic]:
 
         return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
-
-
-def as_tensor(array: NDArray[np.generic]) -> Tensor:
-    """An array as a tensor on the CPU; a view of it."""
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from onnx_optshift.capture.session import as_tensor
 from onnx_optshift.errors import InputError
 from onnx_optshift.geometry import Tap
 from onnx_optshift.solve.finish import as_matrix, finished
@@ -22,7 +23,7 @@ from onnx_optshift.solve.spectrum import factor
 from onnx_optshift.solve.towards import towards
 from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.rows import to_rows
-from onnx_optshift.torch.arrays import as_array, as_tensor
+from onnx_optshift.torch.arrays import as_array
 from onnx_optshift.torch.calls import Calls, leaves
 from onnx_optshift.torch.capture import Hooks, solver_device
 from onnx_optshift.torch.discover import discover

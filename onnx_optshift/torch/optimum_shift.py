@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from onnx_optshift.capture.session import as_tensor
 from onnx_optshift.errors import InputError, OptShiftWarning
 from onnx_optshift.geometry import Tap
 from onnx_optshift.run.candidate import Candidate
@@ -20,7 +21,7 @@ from onnx_optshift.solve.finish import as_matrix, finished
 from onnx_optshift.solve.problem import ROUNDING_UNIT
 from onnx_optshift.solve.shift import Outcome
 from onnx_optshift.torch import ranks
-from onnx_optshift.torch.arrays import as_array, as_tensor
+from onnx_optshift.torch.arrays import as_array
 from onnx_optshift.torch.calls import Calls
 from onnx_optshift.torch.capture import Hooks, Statistics, solver_device
 from onnx_optshift.torch.config import ShiftConfig

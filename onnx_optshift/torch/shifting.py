@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from onnx_optshift.capture.session import as_tensor
 from onnx_optshift.capture.statistics import StatisticsStore
 from onnx_optshift.decide.share import MOST_RESIDUAL, search
 from onnx_optshift.errors import InputError, ToleranceError
@@ -21,7 +22,6 @@ from onnx_optshift.stats.moments import InputMoments
 from onnx_optshift.stats.row_weights import MOST_SAMPLES, RowRule, Rows, energies
 from onnx_optshift.stats.rows import to_rows
 from onnx_optshift.torch import ranks
-from onnx_optshift.torch.arrays import as_tensor
 from onnx_optshift.torch.calls import Call, Calls, Forward
 from onnx_optshift.torch.capture import Hooks, Statistics, solver_device
 from onnx_optshift.torch.config import ShiftConfig
