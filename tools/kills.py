@@ -132,16 +132,14 @@ def look(out: Path, case: str, finished: dict[str, str]) -> tuple[str, str]:
     return stands, "data file left" if rest else "clean"
 
 
-def one(model: Path, out: Path, case: str, victim: str, delay: float, finished: dict[str, str]) -> Outcome:
-    """Starts a run, kills it after a delay [s], and looks.
+def killed_after(delay: float, victim: str, words: list[str]) -> bool:
+    """Starts a command and kills it after a delay [s]; whether that came before its end.
 
     Raises:
         RuntimeError: The working process lives on although nobody waits for it.
     """
-    if case.startswith("old"):
-        out.write_bytes(OLD)
     # A session of its own, so that a kill of the group spares us.
-    run = subprocess.Popen(command(model, out, case), stderr=subprocess.DEVNULL, start_new_session=True)
+    run = subprocess.Popen(words, stderr=subprocess.DEVNULL, start_new_session=True)
     workers: list[int] = []
     try:
         run.wait(delay)
@@ -151,6 +149,18 @@ def one(model: Path, out: Path, case: str, victim: str, delay: float, finished: 
     killed = run.wait() != 0
     if not all(map(gone, workers)):
         raise RuntimeError("a working process outlives the one that waits for it")
+    return killed
+
+
+def one(model: Path, out: Path, case: str, victim: str, delay: float, finished: dict[str, str]) -> Outcome:
+    """Starts a run, kills it after a delay [s], and looks.
+
+    Raises:
+        RuntimeError: The working process lives on although nobody waits for it.
+    """
+    if case.startswith("old"):
+        out.write_bytes(OLD)
+    killed = killed_after(delay, victim, command(model, out, case))
     stands, rest = look(out, case, finished)
     return Outcome(case, victim if killed else "nobody", stands, "killed" if killed else "finished", rest)
 
@@ -181,18 +191,9 @@ def until_its_end(model: Path, folder: Path, way: str, digest_of_it: str, delays
     words = [str(model), str(out), "--checkpoint", str(kept), "--report", str(report), "--quiet", *WAYS[way]]
     found = Resumed()
     for delay, victim in zip(delays, itertools.cycle(VICTIMS), strict=False):
-        run = subprocess.Popen([sys.executable, "-c", OFTEN, *words], stderr=subprocess.DEVNULL, start_new_session=True)
-        workers: list[int] = []
-        try:
-            run.wait(delay)
-        except subprocess.TimeoutExpired:
-            workers = children(run.pid)
-            kill(run, victim)
-        if run.wait() == 0:
+        if not killed_after(delay, victim, [sys.executable, "-c", OFTEN, *words]):
             break
         found.kills += 1
-        if not all(map(gone, workers)):
-            raise RuntimeError("a working process outlives the one that waits for it")
         if out.exists() and digest(out) != digest_of_it:
             return found  # an end that is not the same
     said = json.loads(report.read_text())["checkpoint"]
