@@ -77,19 +77,20 @@ def captured(
     held = None if judges is None else bench.statistics(judges, HELD_OUT)
     judge = held if objective.grids else None  # or nobody asks, and they would only take room
     fit = bench.statistics(data.fit, spanning=spanning)
-    if len(fit.waves) == 1:
+    several = len(fit.waves) > 1
+    if not several:
         fit.load(0)
-    settled = spanning is not None and not spanning.open(bench.taps)  # more rows change nothing
-    if not data.split or judges is None or held is None or (settled and len(fit.waves) == 1):
+    settled = not several and spanning is not None and not spanning.open(bench.taps)  # more rows change nothing
+    if not data.split or judges is None or held is None or settled:
         layers = make(fit, judge)
         return layers, layers
-    if len(fit.waves) > 1:
-        layers = make(bench.statistics(data.calibration, spanning=spanning))
+    if several:
+        full = bench.statistics(data.calibration, spanning=spanning)
     elif spanning is None:
-        layers = make(fit.merged(held))
+        full = fit.merged(held)
     else:
-        rest = bench.moments(spanning.open(bench.taps), judges, HELD_OUT)
-        layers = make(fit.merged(StatisticsStore.of(rest)))
+        full = fit.merged(StatisticsStore.of(bench.moments(spanning.open(bench.taps), judges, HELD_OUT)))
+    layers = make(full)
     layers.part = make(fit, judge)
     return layers, layers.part
 
