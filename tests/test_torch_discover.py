@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch_cases import relative
 
+from onnx_optshift.capture.session import as_tensor
 from onnx_optshift.solve.finish import as_matrix
 from onnx_optshift.stats.rows import to_rows
 from onnx_optshift.torch import shift_
-from onnx_optshift.torch.arrays import as_array, as_tensor
+from onnx_optshift.torch.arrays import as_array
 from onnx_optshift.torch.discover import discover
 
 LAYERS = {
